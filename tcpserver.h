@@ -1,0 +1,6785 @@
+/* tcpserver.h 0.1.0: a TCP server library in one file.
+ *
+ * An event loop, buffered streams with read_until and write, coroutines that make a connection's
+ * handler read like blocking code, and a server that listens, limits, drains and forks over all
+ * cores. Linux (epoll), macOS and the BSDs (kqueue), other POSIX systems (poll). Needs libc alone.
+ *
+ * USE
+ *   Copy this file. In exactly one source file of the project:
+ *
+ *       #define TCPSERVER_IMPLEMENTATION
+ *       #include "tcpserver.h"
+ *
+ *   and plain #include "tcpserver.h" in the others. This is a complete line echo server:
+ *
+ *       #define TCPSERVER_IMPLEMENTATION
+ *       #include "tcpserver.h"
+ *       #include <stdio.h>
+ *
+ *       static int echo(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+ *           tcpsrv_bytes line;
+ *           int err;
+ *           (void)peer; (void)user;
+ *           while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
+ *               if ((err = tcpsrv_write(stream, line.data, line.size)) != 0) break;
+ *           return err;
+ *       }
+ *
+ *       int main(void) {
+ *           tcpsrv_options options = { 0 };
+ *           tcpsrv *server;
+ *           options.handle_stream = echo;
+ *           server = tcpsrv_new(&options);
+ *           if (!server || tcpsrv_listen(server, 8888, NULL) != 0) {
+ *               fprintf(stderr, "%s\n", tcpsrv_last_error());
+ *               return 1;
+ *           }
+ *           return tcpsrv_loop_run(tcpsrv_loop_default());
+ *       }
+ *
+ *       cc echo.c -o echo && ./echo
+ *
+ * RULES THAT HOLD EVERYWHERE
+ *   Errors     A function that can fail returns 0 or a negative code: -errno for the system's, a
+ *              TCPSRV_E... for the library's own, or NULL where it returns a pointer. Ids are
+ *              positive. tcpsrv_last_error() then holds one sentence with the step, the place and
+ *              the cause; tcpsrv_strerror() names any code. NULL where an object is required, or
+ *              a call from another thread than the loop's, is an assertion.
+ *   Options    Structs in which zero means the default. They are copied.
+ *   Units      Times are milliseconds in an int64_t or int named ..._ms, -1 for "no limit"; the
+ *              clock is monotonic, in nanoseconds. Sizes are bytes in a size_t.
+ *   Threads    A loop and all that hangs on it belong to one thread. tcpsrv_post is the one call
+ *              for others. Loops in different threads share nothing.
+ *   Callbacks  Run on the loop, one at a time, never inside the call that asked for them. Any
+ *              object may be closed, freed or cancelled in any of them.
+ *   Coroutines A waiting call parks its coroutine, and the loop goes on with the others. Made
+ *              outside a coroutine while the loop does not run, it runs the loop until it is
+ *              done, so that a small client is a straight main; while the loop does run, it is
+ *              refused with TCPSRV_ENOTCORO. Calls without a stream or a loop mean the
+ *              coroutine's loop, outside coroutines the thread's own.
+ *   Streams    Only tcpsrv_close, tcpsrv_abort, the handler's return and tcpsrv_loop_free end a
+ *              stream's life. A peer's reset or a failed call makes it dead at once: requests
+ *              end, the descriptor closes, tcpsrv_closed is true; the memory stays until one of
+ *              those calls. Where only callbacks used it, a dead stream is freed after its
+ *              on_close, or, where none is set, after the callback that carried the error;
+ *              tcpsrv_close inside either does nothing. After close or abort, once the current
+ *              callback has returned or the current coroutine waits next, only tcpsrv_by_id may
+ *              be asked about it.
+ *   Bytes      A tcpsrv_bytes points into the stream's own buffer. With coroutines it holds until
+ *              the next read on that stream, across other waits; with callbacks until the
+ *              callback returns or the next read, whichever is first.
+ *   Output     What the writes of one callback or coroutine run queued leaves with one system
+ *              call when that run ends or waits; above 64 KB the write itself sends. Before a
+ *              long computation, tcpsrv_flush.
+ *   Memory     Everything comes from TCPSERVER_REALLOC, coroutine stacks from mmap. Out of memory
+ *              is -ENOMEM returned, or one connection dropped with a log line.
+ *   Signals    No handler is installed unless tcpsrv_on_signal or tcpsrv_fork_processes asked for
+ *              it. SIGPIPE never reaches the program.
+ *
+ * SWITCHES (define before the include that has the implementation)
+ *   TCPSERVER_IMPLEMENTATION   compile the implementation here
+ *   TCPSERVER_STATIC           as a private copy of this file: everything static
+ *   TCPSERVER_NO_COROUTINES    leave out coroutines, handle_stream and the waiting calls' parking
+ *   TCPSERVER_USE_EPOLL, TCPSERVER_USE_KQUEUE, TCPSERVER_USE_POLL   instead of the system's best
+ *   TCPSERVER_REALLOC(ptr, size)   realloc's contract; size 0 frees, and its result is ignored
+ *   Where <valgrind/valgrind.h> was included before, coroutine stacks are announced to valgrind.
+ *
+ * SECTIONS (search for the tag)
+ *   >>api         what a user reads: constants, types, every call and its contract
+ *   >>platform    system headers, compiler and processor, thin wrappers of every system call
+ *   >>poller      epoll, kqueue and poll behind the same few functions
+ *   >>loop        turns, ids, timers, posted calls, signals, watches
+ *   >>coroutine   stacks, the context switch, spawn, join, park, wake, sleep
+ *   >>buffer      blocks, and the output queue made of them
+ *   >>stream      read values, writing, closing, over a transport of three functions
+ *   >>waiting     the waiting calls: the callback ones, and parking until they are done
+ *   >>sockets     addresses, listening sockets, connecting
+ *   >>server      accepting, limits, stop, drain
+ *   >>process     forking and supervising
+ *
+ * MIT licence, see the end of the file.
+ */
+
+/* ==== >>api =================================================================================== */
+
+#ifndef TCPSERVER_H
+#define TCPSERVER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(TCPSERVER_STATIC) && !defined(TCPSERVER_IMPLEMENTATION)
+#define TCPSERVER_IMPLEMENTATION
+#endif
+
+#if defined(TCPSERVER_STATIC) && defined(__GNUC__)
+#define TCPSRV_API static __attribute__((unused))
+#elif defined(TCPSERVER_STATIC)
+#define TCPSRV_API static
+#else
+#define TCPSRV_API extern
+#endif
+
+#if defined(__GNUC__)
+#define TCPSRV_PRINTF(nth, first) __attribute__((format(printf, nth, first)))
+#else
+#define TCPSRV_PRINTF(nth, first)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define TCPSRV_VERSION_MAJOR 0
+#define TCPSRV_VERSION_MINOR 1
+#define TCPSRV_VERSION_PATCH 0
+#define TCPSRV_VERSION "0.1.0"
+
+/* Codes of the library; all others are -errno. */
+enum {
+    TCPSRV_EOF = -10001,       /* the peer has finished; part of a message stays readable */
+    TCPSRV_ECLOSED = -10002,   /* closed or aborted on this side */
+    TCPSRV_ECANCELED = -10003, /* the read was cancelled, or the loop is being freed */
+    TCPSRV_EBUSY = -10004,     /* not now: a read waits already, the loop runs already, ... */
+    TCPSRV_ETOOBIG = -10005,   /* the message is longer than its max; its bytes stay */
+    TCPSRV_EBUFFULL = -10006,  /* the output queue has no room for it; nothing was queued */
+    TCPSRV_ETIMEDOUT = -10007, /* the time given has passed */
+    TCPSRV_ENOTCORO = -10008,  /* a waiting call outside a coroutine while the loop runs */
+    TCPSRV_EREFUSED = -10009,  /* refused by the caller's own framing */
+    TCPSRV_ERESOLVE = -12000   /* a host name; the resolver's own code n is TCPSRV_ERESOLVE - |n| */
+};
+
+enum { TCPSRV_READ = 1, TCPSRV_WRITE = 2, TCPSRV_HANGUP = 4 }; /* descriptor events */
+enum { TCPSRV_LOG_ERROR, TCPSRV_LOG_WARNING, TCPSRV_LOG_INFO, TCPSRV_LOG_DEBUG }; /* log levels */
+
+typedef struct tcpsrv tcpsrv;
+typedef struct tcpsrv_loop tcpsrv_loop;
+typedef struct tcpsrv_stream tcpsrv_stream;
+
+typedef struct tcpsrv_bytes {
+    const char *data;
+    size_t size;
+} tcpsrv_bytes;
+
+typedef struct tcpsrv_address {
+    int family;           /* AF_INET, AF_INET6, AF_UNIX; 0: not known */
+    unsigned scope_id;    /* zone of a link-local IPv6 address */
+    unsigned short port;  /* host byte order */
+    unsigned char ip[16]; /* network byte order, IPv4 in the first four */
+    char path[110];       /* Unix: the path, "@name" for an abstract name, "" for an unnamed peer */
+} tcpsrv_address;
+
+/* The last failed call's sentence in this thread, such as "bind 0.0.0.0:80: Permission denied".
+   Set when the call returns in its coroutine, valid until the next failure. "" before the first. */
+TCPSRV_API const char *tcpsrv_last_error(void);
+
+/* Names any code that a function of this library returned. A static or per-thread string. */
+TCPSRV_API const char *tcpsrv_strerror(int code);
+
+/* "192.0.2.1:80", "[2001:db8::1]:80", "unix:/run/app.sock". Cut to size, NUL-terminated; returns
+   text. TCPSRV_ADDRESS_TEXT bytes are always enough. */
+enum { TCPSRV_ADDRESS_TEXT = 128 };
+TCPSRV_API const char *tcpsrv_address_text(const tcpsrv_address *address, char *text, size_t size);
+
+/* ---- loop ------------------------------------------------------------------------------------ */
+
+typedef void tcpsrv_fn(void *arg);
+typedef void tcpsrv_signal_fn(int signo, void *arg);
+typedef void tcpsrv_watch_fn(int fd, int events, void *arg);
+
+/* This thread's loop, made at first use. NULL: -ENOMEM, -EMFILE and the like. */
+TCPSRV_API tcpsrv_loop *tcpsrv_loop_default(void);
+
+/* A further loop of this thread. NULL as above. */
+TCPSRV_API tcpsrv_loop *tcpsrv_loop_new(void);
+
+/* Ends a loop and all that hangs on it. Every waiting coroutine resumes with TCPSRV_ECANCELED, and
+   from then on every waiting call returns that at once, so that handlers unwind; one that makes
+   1,000 more of them is abandoned with a log line. Streams are aborted, their requests end with
+   TCPSRV_ECANCELED and their on_close is called; timers and watches are dropped. Servers of the
+   loop stay until tcpsrv_free. TCPSRV_EBUSY in a callback or coroutine. */
+TCPSRV_API int tcpsrv_loop_free(tcpsrv_loop *loop);
+
+/* Turns until tcpsrv_loop_stop, then 0. Stopped before it began, it returns at once. TCPSRV_EBUSY
+   in a callback or coroutine of this thread, and in a process forked after the loop was made. */
+TCPSRV_API int tcpsrv_loop_run(tcpsrv_loop *loop);
+
+/* The running turn ends first. From other threads: through tcpsrv_post. */
+TCPSRV_API void tcpsrv_loop_stop(tcpsrv_loop *loop);
+
+/* One turn: waits up to timeout_ms (-1: for ever) for something to do, and does what is ready.
+   0, or TCPSRV_EBUSY as for tcpsrv_loop_run. */
+TCPSRV_API int tcpsrv_loop_poll(tcpsrv_loop *loop, int timeout_ms);
+
+/* For life inside another loop: a descriptor that is readable when the loop has something to do
+   (epoll, kqueue; -ENOTSUP with poll), and the milliseconds until it must have a turn all the
+   same: 0 when work is ready, -1 for never. */
+TCPSRV_API int tcpsrv_loop_fd(const tcpsrv_loop *loop);
+TCPSRV_API int tcpsrv_loop_timeout(const tcpsrv_loop *loop);
+
+/* Monotonic time in nanoseconds, read once a turn. */
+TCPSRV_API uint64_t tcpsrv_loop_now(const tcpsrv_loop *loop);
+
+/* Timers: fn(arg) once on the next turn, once after delay_ms, or every period_ms (> 0) on the grid
+   begun by the call; what a late loop missed is skipped. Equal deadlines run in the order of the
+   calls. A timer made by a timer waits for the next turn. Returns an id, -ENOMEM, or -EINVAL. */
+TCPSRV_API int64_t tcpsrv_call_soon(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg);
+TCPSRV_API int64_t tcpsrv_call_later(tcpsrv_loop *loop, int64_t delay_ms, tcpsrv_fn *fn, void *arg);
+TCPSRV_API int64_t tcpsrv_call_every(tcpsrv_loop *loop, int64_t period_ms, tcpsrv_fn *fn,
+                                     void *arg);
+
+/* Calls fn(fd, events, arg) as long as the descriptor is ready (level-triggered); events is a set
+   of TCPSRV_READ and TCPSRV_WRITE, a hang-up or error is told as TCPSRV_HANGUP besides. The
+   descriptor stays the caller's: cancel before closing it. An id, -EEXIST where it is watched
+   already, -EPERM where it cannot be (a regular file), -ENOMEM. */
+TCPSRV_API int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
+                                   void *arg);
+
+/* Ends a timer, a watch or a signal's call. An id whose object is gone does nothing. */
+TCPSRV_API void tcpsrv_cancel(tcpsrv_loop *loop, int64_t id);
+
+/* From any thread: fn(arg) on the loop, in the order of the calls. The loop must not be freed
+   meanwhile; calls still queued then are dropped. 0 or -ENOMEM. */
+TCPSRV_API int tcpsrv_post(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg);
+
+/* Calls fn(signo, arg) on the loop, never in the handler; deliveries may merge. The process's
+   disposition is restored when the last call for the signal is cancelled. One loop a signal.
+   An id, -EINVAL for a signal that cannot be caught, TCPSRV_EBUSY where another loop has it. */
+TCPSRV_API int64_t tcpsrv_on_signal(tcpsrv_loop *loop, int signo, tcpsrv_signal_fn *fn, void *arg);
+
+/* ---- coroutines ------------------------------------------------------------------------------ */
+
+/* Runs fn(arg) as a coroutine from the next turn on. stack_size 0: 64 KiB, at least 16 KiB. An id;
+   -ENOMEM, or -ENOTSUP where there are no coroutines. Results that nobody has joined are kept for
+   the last 65,536 that ended. */
+TCPSRV_API int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *arg,
+                                size_t stack_size);
+
+/* Waits for a coroutine of this loop and gives its result, once. -ESRCH where the id is unknown or
+   was joined before, TCPSRV_EBUSY where another joins it, -EDEADLK for oneself. */
+TCPSRV_API int tcpsrv_join(int64_t id);
+
+/* The running coroutine's id; 0 outside. */
+TCPSRV_API int64_t tcpsrv_self(void);
+
+TCPSRV_API int tcpsrv_sleep(int64_t delay_ms); /* waits; 0, TCPSRV_ECANCELED */
+TCPSRV_API int tcpsrv_yield(void);             /* lets everything else that is ready run once */
+
+/* Waits until a foreign descriptor is ready. The events (> 0), TCPSRV_ETIMEDOUT, or the errors of
+   tcpsrv_watch_fd. */
+TCPSRV_API int tcpsrv_wait_fd(int fd, int events, int64_t timeout_ms);
+
+/* Waits until tcpsrv_wake(id of this coroutine). A wake before the park is remembered once. 0,
+   TCPSRV_ETIMEDOUT, TCPSRV_ECANCELED; TCPSRV_ENOTCORO outside a coroutine. */
+TCPSRV_API int tcpsrv_park(int64_t timeout_ms);
+TCPSRV_API void tcpsrv_wake(tcpsrv_loop *loop, int64_t id); /* a dead id does nothing */
+
+/* ---- streams: reading ------------------------------------------------------------------------ */
+
+/* What a read wants. Made by the functions below, used at once; max 0 means the stream's
+   max_buffer_size. */
+typedef int64_t tcpsrv_find_end_fn(const char *data, size_t size, void *arg);
+typedef struct tcpsrv_want {
+    int kind;
+    size_t size;                  /* of the delimiter, of the message, of the caller's memory */
+    size_t max;
+    void *memory;                 /* the delimiter, the regex, the caller's memory, or arg */
+    tcpsrv_find_end_fn *find_end;
+} tcpsrv_want;
+
+/* Up to and with a delimiter, which is borrowed until the read ends. TCPSRV_ETOOBIG when the
+   message with its delimiter is longer than max, found or not. */
+TCPSRV_API tcpsrv_want tcpsrv_until(const char *delimiter, size_t max);
+TCPSRV_API tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max);
+/* As tcpsrv_until, for a compiled POSIX regex_t (leftmost match in what has arrived). */
+TCPSRV_API tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max);
+/* Exactly so many bytes. TCPSRV_ETOOBIG at once when that is more than max_buffer_size. */
+TCPSRV_API tcpsrv_want tcpsrv_exactly(size_t size);
+/* 1 to max bytes, as soon as there are any. */
+TCPSRV_API tcpsrv_want tcpsrv_some(size_t max);
+/* Exactly size bytes into the caller's memory, borrowed until the read ends. */
+TCPSRV_API tcpsrv_want tcpsrv_into(void *memory, size_t size);
+/* All until the peer finishes, possibly nothing. */
+TCPSRV_API tcpsrv_want tcpsrv_until_close(size_t max);
+/* The caller's own framing: find_end(data, size, arg) gives the message's length, also when it is
+   more than size (it is then not asked again until that much is there), 0 for not yet, negative to
+   end the read with TCPSRV_EREFUSED. */
+TCPSRV_API tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max);
+/* No bytes: until the stream is connected. */
+TCPSRV_API tcpsrv_want tcpsrv_ready(void);
+
+/* Reads with a callback: fn(stream, err, bytes, arg) exactly once, never before this returns. One
+   read at a time: TCPSRV_EBUSY, and the first is untouched. err is 0; TCPSRV_EOF, ETOOBIG,
+   ETIMEDOUT, ECANCELED, EREFUSED (the bytes stay for the next read); TCPSRV_ECLOSED; -ENOMEM; or
+   why the stream died. Above write_high_water of queued output it waits for the peer. */
+typedef void tcpsrv_read_fn(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
+TCPSRV_API int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn, void *arg);
+
+/* Reads and waits; bytes may be NULL. The codes above, and TCPSRV_ENOTCORO. */
+TCPSRV_API int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes);
+TCPSRV_API int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
+                                 tcpsrv_bytes *bytes);
+TCPSRV_API int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes);
+TCPSRV_API int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes);
+TCPSRV_API int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size);
+TCPSRV_API int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes);
+
+/* What is buffered, not consumed; nothing while a read waits. Returns its size. */
+TCPSRV_API size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes);
+
+/* Ends a waiting read with TCPSRV_ECANCELED; its bytes stay for the next one. */
+TCPSRV_API void tcpsrv_cancel_read(tcpsrv_stream *stream);
+
+/* ---- streams: writing and closing ------------------------------------------------------------ */
+
+/* In a coroutine: returns when everything is queued or sent and at most write_high_water is queued;
+   what is more goes from the caller's memory while the coroutine waits. Outside one: never waits;
+   all is queued, or TCPSRV_EBUFFULL (max_write_buffer_size) and nothing. Several writers are served
+   whole and in order. 0; TCPSRV_ECLOSED; -ENOMEM; why the stream is dead; TCPSRV_ETIMEDOUT. */
+TCPSRV_API int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size);
+TCPSRV_API int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count);
+TCPSRV_API int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) TCPSRV_PRINTF(2, 3);
+
+/* As tcpsrv_write outside a coroutine, also inside one: for broadcasts. */
+TCPSRV_API int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size);
+
+/* Queues size bytes of a file from offset on, without copies through user space where the system
+   can. In a coroutine it waits until they are out; outside one fd may be closed at once. A file
+   that is shorter than promised ends the stream with -EIO. */
+TCPSRV_API int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, size_t size);
+
+/* Until the kernel has every byte queued so far: waiting, or fn(stream, err, arg) once. */
+typedef void tcpsrv_flush_fn(tcpsrv_stream *stream, int err, void *arg);
+TCPSRV_API int tcpsrv_flush(tcpsrv_stream *stream);
+TCPSRV_API int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void *arg);
+
+/* Ends the sending side once all is flushed; reading goes on. Later writes: TCPSRV_ECLOSED. */
+TCPSRV_API int tcpsrv_shutdown(tcpsrv_stream *stream);
+
+/* Ends the stream; never waits, never calls back before it returns. Then, from the loop: requests
+   end with TCPSRV_ECLOSED; output is flushed; the sending side is shut; late input is swallowed
+   (until the peer's end, 64 KB or 2 s), so that the kernel's reset does not destroy what the peer
+   has not read (RFC 1122 4.2.2.13); on_close; all within close_timeout_ms. A write that still waits
+   ends with TCPSRV_ECLOSED and makes it an abort: a torn message never ends as if whole. */
+TCPSRV_API void tcpsrv_close(tcpsrv_stream *stream);
+
+/* The same at once: queued output is dropped and the peer gets a reset (RFC 9293 3.10.5). */
+TCPSRV_API void tcpsrv_abort(tcpsrv_stream *stream);
+
+/* fn(stream, result, unsent, arg) once, when the stream has ended: 0 when the kernel took all that
+   was written, else why not, and how many bytes it did not take. Also called, from the loop, when
+   set on a stream that is dead already. The last one set counts; NULL for none. 0 or -ENOMEM. */
+typedef void tcpsrv_close_fn(tcpsrv_stream *stream, int result, size_t unsent, void *arg);
+TCPSRV_API int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void *arg);
+
+/* ---- streams: the rest ----------------------------------------------------------------------- */
+
+TCPSRV_API int tcpsrv_error(const tcpsrv_stream *stream);   /* why it is dead; 0 while it lives */
+TCPSRV_API int tcpsrv_closed(const tcpsrv_stream *stream);  /* 1: dead, closed or closing */
+TCPSRV_API int tcpsrv_reading(const tcpsrv_stream *stream); /* 1: a read waits */
+TCPSRV_API int tcpsrv_writing(const tcpsrv_stream *stream); /* 1: output is queued */
+
+/* read_ms: the longest that one read may take as a whole, however its bytes trickle; it then ends
+   with TCPSRV_ETIMEDOUT and its bytes stay. write_ms: the longest in which the kernel takes no byte
+   of what is queued; the stream is then dead. 0 or -1: none. 0 or -ENOMEM. */
+TCPSRV_API int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms);
+TCPSRV_API int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on); /* TCP_NODELAY, tcp(7) */
+
+TCPSRV_API int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address);
+TCPSRV_API int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address);
+TCPSRV_API int tcpsrv_fd(const tcpsrv_stream *stream); /* the stream's own; -1 when it is closed */
+TCPSRV_API void *tcpsrv_user(const tcpsrv_stream *stream); /* the server's user until it is set */
+TCPSRV_API void tcpsrv_set_user(tcpsrv_stream *stream, void *user);
+TCPSRV_API tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream);
+
+/* An id that cannot dangle: a stream that is closed or gone is NULL, never another one. */
+TCPSRV_API int64_t tcpsrv_id(const tcpsrv_stream *stream);
+TCPSRV_API tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id);
+
+/* A client stream, returned at once and still connecting; its first read, write or flush waits for
+   the connection, and a failure ends them. NULL: -EINVAL, an unusable source address, -ENOMEM... */
+typedef struct tcpsrv_connect_options {
+    const char *host;             /* numeric IPv4 or IPv6 */
+    int port;
+    const char *path;             /* instead: a Unix socket; "@name" for an abstract one */
+    const char *source_host;      /* numeric; NULL: the system's choice */
+    int source_port;
+    int64_t timeout_ms;           /* for the connection; 0: the system's own */
+    int no_nodelay;
+    size_t max_buffer_size, max_write_buffer_size, write_high_water;   /* as tcpsrv_options */
+} tcpsrv_connect_options;
+TCPSRV_API tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop, const tcpsrv_connect_options *options);
+
+/* A stream over a pipe, a socketpair, a terminal or a regular file (always ready). It owns fd and
+   restores its O_NONBLOCK when it closes it. NULL: -EBADF, -ENOMEM, ... */
+TCPSRV_API tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd);
+
+/* ---- server ---------------------------------------------------------------------------------- */
+
+/* Serves one connection. As handle_stream it is a coroutine: when it returns, what it wrote is
+   flushed and the stream is closed. 0, TCPSRV_EOF, ECLOSED and ECANCELED are silent ends; resets
+   and timeouts are logged at debug level, other codes at error level. As on_stream it is a callback
+   that starts the first read; non-zero closes the stream. */
+typedef int tcpsrv_stream_fn(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user);
+typedef void tcpsrv_log_fn(int level, const char *line, void *user);
+typedef void tcpsrv_drained_fn(tcpsrv *server, void *user);
+
+typedef struct tcpsrv_options {
+    tcpsrv_stream_fn *handle_stream; /* exactly one of these two */
+    tcpsrv_stream_fn *on_stream;
+    void *user;
+    tcpsrv_loop *loop;            /* NULL: the thread's own when the server starts */
+    tcpsrv_log_fn *log;           /* NULL: warnings and errors to stderr */
+    size_t max_buffer_size;       /* unread input a stream may hold; 1 MiB */
+    size_t max_write_buffer_size; /* queued output of a stream outside coroutines; 1 MiB */
+    size_t write_high_water;      /* queued output at which its sender is held back; 64 KB */
+    size_t read_chunk_size;       /* first size of a large read, adapting up to 256 KB; 64 KB */
+    size_t stack_size;            /* of a handler's coroutine; 64 KiB (256 under ASan) */
+    size_t max_connections;       /* RLIMIT_NOFILE - 32; more wait in the backlog */
+    int64_t idle_timeout_ms;      /* without a byte in either direction; none */
+    int64_t close_timeout_ms;     /* for all of tcpsrv_close; 5 s */
+    int no_nodelay;               /* 1: leave Nagle's algorithm on (RFC 896) */
+    tcpsrv_drained_fn *on_drained; /* NULL: stop the loop */
+} tcpsrv_options;
+
+/* A server that does not listen yet. Makes no loop, so that it may be made before a fork. NULL:
+   -EINVAL (none or both of the handlers), -ENOTSUP (no coroutines), -ENOMEM. */
+TCPSRV_API tcpsrv *tcpsrv_new(const tcpsrv_options *options);
+
+/* Stops, aborts the server's streams, and goes when the last handler has returned. Allowed
+   anywhere, also after its loop was freed. */
+TCPSRV_API void tcpsrv_free(tcpsrv *server);
+
+/* The options with every default filled in. */
+TCPSRV_API const tcpsrv_options *tcpsrv_get_options(const tcpsrv *server);
+
+/* Binds and accepts at once: tcpsrv_bind, and tcpsrv_start(1) if it has not started yet. May be
+   called again for more ports. address NULL or "": all interfaces; port 0: any free one. */
+TCPSRV_API int tcpsrv_listen(tcpsrv *server, int port, const char *address);
+
+/* Binds only, or listens at once where the server has started. A host name binds every address it
+   has. -EINVAL (port), TCPSRV_ERESOLVE, -EADDRINUSE, -EADDRNOTAVAIL, -EACCES, -EMFILE, ... */
+typedef struct tcpsrv_bind_options {
+    int family;     /* AF_INET or AF_INET6; 0: both */
+    int backlog;    /* 0: the system's most */
+    int reuse_port; /* SO_REUSEPORT: several processes bind the same port; -ENOTSUP without it */
+} tcpsrv_bind_options;
+TCPSRV_API int tcpsrv_bind(tcpsrv *server, int port, const char *address,
+                           const tcpsrv_bind_options *options);
+
+/* Starts accepting on what was bound. num_processes 1: in this process; n: forks n; 0 or less: one
+   for each core. With forks it returns in the children only, as tcpsrv_fork_processes does.
+   TCPSRV_EBUSY when started already. */
+TCPSRV_API int tcpsrv_start(tcpsrv *server, int num_processes);
+
+/* Accepts on listening sockets made elsewhere; the server owns them, also when this fails. */
+TCPSRV_API int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count);
+TCPSRV_API int tcpsrv_add_socket(tcpsrv *server, int fd);
+
+/* Closes the listening sockets; open connections go on. It may listen again. */
+TCPSRV_API void tcpsrv_stop(tcpsrv *server);
+
+/* Stops; reads that wait at a message boundary (no byte of the message there) end with TCPSRV_EOF
+   as if the peer had finished, now and later; others go on to their end. After timeout_ms what is
+   left is aborted. Then on_drained. Never waits. */
+TCPSRV_API void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms);
+TCPSRV_API int tcpsrv_draining(const tcpsrv *server);
+
+/* The port of the index-th listening socket, the real one after a bind to 0. -ENOENT past the last,
+   0 for a Unix socket. */
+TCPSRV_API int tcpsrv_port(const tcpsrv *server, int index);
+
+typedef struct tcpsrv_stats {
+    size_t active;           /* connections open, closing ones included */
+    uint64_t accepted;
+    uint64_t shed;           /* closed at once for lack of descriptors */
+    uint64_t accept_pauses;  /* listener paused: no descriptors, no memory, max_connections */
+    uint64_t bytes_read, bytes_written;
+    uint64_t timeouts_read, timeouts_write, timeouts_idle, timeouts_close;
+} tcpsrv_stats;
+TCPSRV_API void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats);
+
+/* Calls fn(stream, arg) for each live stream of the server; any stream may be closed in it. */
+TCPSRV_API void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream, void *arg),
+                               void *arg);
+
+/* Listening sockets for an address: one for each family, IPV6_V6ONLY always (RFC 3493),
+   non-blocking and close-on-exec; port 0 gives all the same port. How many of max, or the codes of
+   tcpsrv_bind; -ENOSPC where max is too small. No descriptor is left open on failure. */
+TCPSRV_API int tcpsrv_bind_sockets(int port, const char *address,
+                                   const tcpsrv_bind_options *options, int *fds, int max);
+
+/* A listening Unix socket with that mode (0: 0600). Replaces a socket file that nobody listens on;
+   refuses a live one (-EADDRINUSE) and anything else that is there (-EEXIST). "@name": abstract
+   (Linux). backlog 0: the system's most. The file is unlinked when a server closes the socket in
+   the process that bound it. A descriptor, -ENAMETOOLONG, ... */
+TCPSRV_API int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int backlog);
+
+/* ---- processes ------------------------------------------------------------------------------- */
+
+/* Forks num_processes children (0 or less: one for each core) and returns in them: the child's
+   number, from 0 on. The parent supervises and exits: 0 when all have ended with 0, 1 after giving
+   up. A child that crashes or exits otherwise is restarted with the same number after a growing
+   pause (0 to 30 s), at most max_restarts times in all (negative: 100); then the others are ended
+   and the parent gives up. The parent handles SIGTERM and SIGINT (the children get SIGTERM, once)
+   and SIGCHLD, waits for its own children only, and restores dispositions in each child; children
+   ignore SIGINT and end when their parent is gone. -EBUSY class: TCPSRV_EBUSY where this thread has
+   a loop already or is such a child; -EAGAIN, -ENOMEM from fork(2), with no child left behind. */
+TCPSRV_API int tcpsrv_fork_processes(int num_processes, int max_restarts);
+
+TCPSRV_API int tcpsrv_task_id(void);   /* this child's number; -1 elsewhere */
+TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at least 1 */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TCPSERVER_H */
+
+#ifdef TCPSERVER_IMPLEMENTATION
+#ifndef TCPSERVER_IMPLEMENTED
+#define TCPSERVER_IMPLEMENTED
+
+/* ==== >>platform ============================================================================== */
+
+/* Owns every #if on system, compiler or processor, and every system call, each in a thin function.
+   A header that the user read before this one may have fixed glibc's feature set in a strict mode:
+   reading features.h again with _GNU_SOURCE opens it for all headers that are still to come. */
+#if defined(__GLIBC__) && !defined(__USE_GNU)
+#ifdef _SYS_SOCKET_H
+#define TCPSRV__ACCEPT4_HIDDEN 1
+#endif
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#undef _FEATURES_H
+#include <features.h>
+#endif
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1
+#endif
+#if defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#if defined(__NetBSD__) && !defined(_NETBSD_SOURCE)
+#define _NETBSD_SOURCE 1
+#endif
+
+#include <arpa/inet.h>
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <regex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#if !defined(CLOCK_MONOTONIC) || !defined(SA_RESTART) || !defined(MAP_PRIVATE) || \
+    !defined(AI_PASSIVE) || !defined(F_DUPFD_CLOEXEC) || !defined(_SC_PAGESIZE)
+#error "tcpserver.h: a system header was read in strict ISO mode before. \
+Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
+#endif
+
+/* The poller: the system's best one unless the user chose. */
+#if !defined(TCPSERVER_USE_EPOLL) && !defined(TCPSERVER_USE_KQUEUE) && !defined(TCPSERVER_USE_POLL)
+#if defined(__linux__)
+#define TCPSERVER_USE_EPOLL
+#elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || \
+    defined(__OpenBSD__) || defined(__DragonFly__)
+#define TCPSERVER_USE_KQUEUE
+#else
+#define TCPSERVER_USE_POLL
+#endif
+#endif
+
+#if defined(__linux__)
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/sendfile.h>
+#define TCPSRV__LINUX 1
+#else
+#define TCPSRV__LINUX 0
+#endif
+#if defined(TCPSERVER_USE_EPOLL)
+#include <sys/epoll.h>
+#elif defined(TCPSERVER_USE_KQUEUE)
+#include <sys/event.h>
+#endif
+
+#ifdef TCPSRV__ACCEPT4_HIDDEN
+extern int accept4(int, struct sockaddr *, socklen_t *, int);
+#endif
+
+#if defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
+#define TCPSRV__HAVE_ACCEPT4 1
+#else
+#define TCPSRV__HAVE_ACCEPT4 0
+#endif
+
+#if defined(__GLIBC__)
+typedef size_t tcpsrv__iovlen; /* the type of msg_iovlen */
+#else
+typedef int tcpsrv__iovlen;
+#endif
+#ifdef MSG_NOSIGNAL
+#define TCPSRV__SEND_FLAGS MSG_NOSIGNAL
+#else
+#define TCPSRV__SEND_FLAGS 0
+#endif
+#ifndef MAP_ANONYMOUS
+#define MAP_ANONYMOUS MAP_ANON
+#endif
+#ifndef MAP_NORESERVE
+#define MAP_NORESERVE 0
+#endif
+#ifndef MAP_STACK
+#define MAP_STACK 0
+#endif
+#ifndef POLLRDHUP
+#define POLLRDHUP 0
+#endif
+#ifdef ENONET
+#define TCPSRV__ENONET (-ENONET)
+#else
+#define TCPSRV__ENONET (-EHOSTUNREACH)
+#endif
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define TCPSRV__ASAN 1
+#endif
+#if __has_feature(thread_sanitizer)
+#define TCPSRV__TSAN 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) && !defined(TCPSRV__ASAN)
+#define TCPSRV__ASAN 1
+#endif
+#if defined(__SANITIZE_THREAD__) && !defined(TCPSRV__TSAN)
+#define TCPSRV__TSAN 1
+#endif
+#ifndef TCPSRV__ASAN
+#define TCPSRV__ASAN 0
+#endif
+#ifndef TCPSRV__TSAN
+#define TCPSRV__TSAN 0
+#endif
+
+/* Which context switch the processor gets; none of them: callbacks only. */
+#if defined(TCPSERVER_NO_COROUTINES)
+#define TCPSRV__CORO 0
+#elif defined(__GNUC__) && defined(__x86_64__) && defined(__LP64__)
+#define TCPSRV__CORO_X86_64 1
+#elif defined(__GNUC__) && defined(__i386__)
+#define TCPSRV__CORO_I386 1
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define TCPSRV__CORO_AARCH64 1
+#elif defined(__GNUC__) && defined(__arm__)
+#define TCPSRV__CORO_ARM 1
+#elif defined(__GNUC__) && defined(__riscv)
+#define TCPSRV__CORO_RISCV 1
+#elif defined(__GLIBC__) || defined(__FreeBSD__) || defined(__NetBSD__)
+#include <ucontext.h>
+#define TCPSRV__CORO_UCONTEXT 1
+#else
+#define TCPSRV__CORO 0
+#if defined(__GNUC__)
+#pragma message "tcpserver.h: no coroutines for this processor and C library; use on_stream"
+#endif
+#endif
+#ifndef TCPSRV__CORO
+#define TCPSRV__CORO 1
+#endif
+
+#if defined(__GNUC__)
+#define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
+#define TCPSRV__NOINLINE __attribute__((noinline))
+#define TCPSRV__UNUSED __attribute__((unused))
+#else
+#define TCPSRV__LIKELY(x) (x)
+#define TCPSRV__NOINLINE
+#define TCPSRV__UNUSED
+#endif
+
+#if defined(TCPSERVER_STATIC)
+#define TCPSRV_IMPL static TCPSRV__UNUSED
+#else
+#define TCPSRV_IMPL
+#endif
+
+#ifndef TCPSERVER_REALLOC
+static void *tcpsrv__realloc(void *memory, size_t size) {
+    if (size) return realloc(memory, size);
+    free(memory);
+    return NULL;
+}
+#define TCPSERVER_REALLOC(memory, size) tcpsrv__realloc(memory, size)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+static void *tcpsrv__alloc(size_t size) {
+    void *memory = TCPSERVER_REALLOC(NULL, size);
+    if (memory) memset(memory, 0, size);
+    return memory;
+}
+
+static void tcpsrv__free(void *memory) {
+    void *ignored;
+    if (!memory) return;
+    ignored = TCPSERVER_REALLOC(memory, 0);
+    (void)ignored;
+}
+
+/* ---- per thread ------------------------------------------------------------------------------ */
+
+/* The last failure is kept as it came and put into words only when somebody asks: a handler's
+   normal end is a failed read, and must not cost a snprintf. */
+typedef struct tcpsrv__thread_state {
+    tcpsrv_loop *default_loop;
+    tcpsrv_loop *turning;          /* the loop that is inside a turn */
+    int error;
+    const char *step;              /* a string literal */
+    tcpsrv_address peer;           /* the place, where it is a stream */
+    char place[TCPSRV_ADDRESS_TEXT];
+    char text[320];
+} tcpsrv__thread_state;
+
+#if defined(__TINYC__)
+static pthread_key_t tcpsrv__thread_key;
+static pthread_once_t tcpsrv__thread_once = PTHREAD_ONCE_INIT;
+static tcpsrv__thread_state tcpsrv__first_thread;
+
+static void tcpsrv__thread_setup(void) {
+    if (pthread_key_create(&tcpsrv__thread_key, tcpsrv__free) != 0) abort();
+    pthread_setspecific(tcpsrv__thread_key, NULL);
+}
+
+static tcpsrv__thread_state *tcpsrv__thread(void) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static pthread_t first;
+    static int claimed;
+    tcpsrv__thread_state *state;
+    int mine;
+    pthread_once(&tcpsrv__thread_once, tcpsrv__thread_setup);
+    state = (tcpsrv__thread_state *)pthread_getspecific(tcpsrv__thread_key);
+    if (state) return state;
+    pthread_mutex_lock(&lock);
+    if (!claimed) first = pthread_self();
+    claimed = 1;
+    mine = pthread_equal(first, pthread_self());
+    pthread_mutex_unlock(&lock);
+    if (mine) return &tcpsrv__first_thread;
+    state = (tcpsrv__thread_state *)tcpsrv__alloc(sizeof *state);
+    if (!state) return &tcpsrv__first_thread;
+    pthread_setspecific(tcpsrv__thread_key, state);
+    return state;
+}
+#else
+static __thread tcpsrv__thread_state tcpsrv__this_thread;
+
+static tcpsrv__thread_state *tcpsrv__thread(void) {
+    return &tcpsrv__this_thread;
+}
+#endif
+
+/* Records a failure for tcpsrv_last_error and gives its code back. */
+static int tcpsrv__fail(int code, const char *step, const char *place) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    size_t size = place ? strlen(place) : 0;
+    if (size >= sizeof thread->place) size = sizeof thread->place - 1;
+    thread->error = code;
+    thread->step = step;
+    thread->peer.family = 0;
+    if (size) memcpy(thread->place, place, size);
+    thread->place[size] = 0;
+    return code;
+}
+
+static void tcpsrv__log_default(int level, const char *line) {
+    if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
+}
+
+/* ---- system calls ---------------------------------------------------------------------------- */
+
+static uint64_t tcpsrv__clock_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static size_t tcpsrv__page_size(void) {
+    long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
+static long tcpsrv__sys_pid(void) {
+    return (long)getpid();
+}
+
+static int tcpsrv__set_cloexec_nonblock(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) return -errno;
+    return fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_is_nonblocking(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 ? -errno : (flags & O_NONBLOCK) != 0;
+}
+
+static int tcpsrv__sys_set_nonblocking(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+static void tcpsrv__sys_set_blocking(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags >= 0) fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
+}
+
+static int tcpsrv__sys_dup(int fd) {
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? -errno : copy;
+}
+
+static void tcpsrv__sys_close(int fd) {
+    close(fd); /* after EINTR the descriptor is gone too, or unknowable: never again (close(2)) */
+}
+
+/* A descriptor to give up when there are no others. */
+static int tcpsrv__sys_reserve(void) {
+    return open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
+static size_t tcpsrv__sys_descriptor_limit(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur > 0x7fffffff) return 0x7fffffff;
+    return (size_t)limit.rlim_cur;
+}
+
+static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
+    ssize_t n;
+    do
+        n = count == 1 ? read(fd, pieces[0].iov_base, pieces[0].iov_len) : readv(fd, pieces, count);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : (long)n;
+}
+
+/* To sockets only: nothing can raise SIGPIPE here. */
+static long tcpsrv__sys_send(int fd, const struct iovec *pieces, int count) {
+    struct msghdr message;
+    ssize_t n;
+    memset(&message, 0, sizeof message);
+    message.msg_iov = (struct iovec *)(uintptr_t)pieces;
+    message.msg_iovlen = (tcpsrv__iovlen)count;
+    do
+        n = count == 1 ? send(fd, pieces[0].iov_base, pieces[0].iov_len, TCPSRV__SEND_FLAGS)
+                       : sendmsg(fd, &message, TCPSRV__SEND_FLAGS);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : (long)n;
+}
+
+/* SIGPIPE is blocked for the thread around calls that have no flag against it, and one that they
+   raised is taken back, unless one was pending before. */
+typedef struct tcpsrv__sigpipe {
+    sigset_t mask, before;
+    int was_pending;
+} tcpsrv__sigpipe;
+
+static void tcpsrv__sigpipe_block(tcpsrv__sigpipe *guard) {
+    sigset_t pending;
+    sigemptyset(&guard->mask);
+    sigaddset(&guard->mask, SIGPIPE);
+    sigemptyset(&pending);
+    sigpending(&pending);
+    guard->was_pending = sigismember(&pending, SIGPIPE) == 1;
+    pthread_sigmask(SIG_BLOCK, &guard->mask, &guard->before);
+}
+
+static void tcpsrv__sigpipe_restore(tcpsrv__sigpipe *guard, int raised) {
+    sigset_t pending;
+    int signo, saved = errno;
+    sigemptyset(&pending);
+    if (raised && !guard->was_pending && sigpending(&pending) == 0 &&
+        sigismember(&pending, SIGPIPE) == 1)
+        sigwait(&guard->mask, &signo);
+    pthread_sigmask(SIG_SETMASK, &guard->before, NULL);
+    errno = saved;
+}
+
+static long tcpsrv__sys_writev(int fd, const struct iovec *pieces, int count) {
+    tcpsrv__sigpipe guard;
+    ssize_t n;
+    tcpsrv__sigpipe_block(&guard);
+    do
+        n = writev(fd, pieces, count);
+    while (n < 0 && errno == EINTR);
+    tcpsrv__sigpipe_restore(&guard, n < 0 && errno == EPIPE);
+    return n < 0 ? -errno : (long)n;
+}
+
+static long tcpsrv__sys_pread(int fd, void *memory, size_t size, int64_t offset) {
+    ssize_t n;
+    do
+        n = pread(fd, memory, size, (off_t)offset);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : (long)n;
+}
+
+/* Bytes sent, 0 at the file's end, or -errno; -ENOTSUP where the system has no such call. */
+#if TCPSRV__LINUX
+static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
+    tcpsrv__sigpipe guard;
+    off_t at = (off_t)offset;
+    ssize_t n;
+    tcpsrv__sigpipe_block(&guard);
+    do
+        n = sendfile(socket_fd, file, &at, size);
+    while (n < 0 && errno == EINTR);
+    tcpsrv__sigpipe_restore(&guard, n < 0 && errno == EPIPE);
+    if (n < 0 && (errno == EINVAL || errno == ENOSYS)) return -ENOTSUP;
+    return n < 0 ? -errno : (long)n;
+}
+#elif defined(__APPLE__)
+static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
+    off_t sent = (off_t)size;
+    int failed = sendfile(file, socket_fd, (off_t)offset, &sent, NULL, 0);
+    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : -errno;
+    return (long)sent;
+}
+#elif defined(__FreeBSD__)
+static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
+    off_t sent = 0;
+    int failed = sendfile(file, socket_fd, (off_t)offset, size, NULL, &sent, 0);
+    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : -errno;
+    return (long)sent;
+}
+#else
+static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
+    (void)socket_fd, (void)file, (void)offset, (void)size;
+    return -ENOTSUP;
+}
+#endif
+
+/* A new connection, non-blocking and close-on-exec, or -errno. */
+#if TCPSRV__HAVE_ACCEPT4
+static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *size) {
+    int fd = accept4(listener, peer, size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+#else
+static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *size) {
+    int on = 1, err, fd = accept(listener, peer, size);
+    if (fd < 0) return -errno;
+    err = tcpsrv__set_cloexec_nonblock(fd);
+#ifdef SO_NOSIGPIPE
+    if (!err && setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on) != 0) err = -errno;
+#endif
+    (void)on;
+    if (err) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+#endif
+
+static void tcpsrv__sys_shutdown_write(int fd) {
+    shutdown(fd, SHUT_WR);
+}
+
+/* The next close of this socket sends a reset (SO_LINGER, socket(7)). */
+static void tcpsrv__sys_reset_on_close(int fd) {
+    struct linger now;
+    now.l_onoff = 1;
+    now.l_linger = 0;
+    setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+}
+
+static int tcpsrv__sys_nodelay(int fd, int on) {
+    return setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_listens(int fd) {
+    int on = 0;
+    socklen_t size = sizeof on;
+    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) != 0) return -errno;
+    return on ? 0 : -EINVAL;
+}
+
+static size_t tcpsrv__sys_unread(int fd) {
+    int n = 0;
+    return ioctl(fd, FIONREAD, &n) == 0 && n > 0 ? (size_t)n : 0;
+}
+
+static int tcpsrv__sys_name(int fd, struct sockaddr_storage *name, socklen_t *size) {
+    return getsockname(fd, (struct sockaddr *)name, size) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_peer_name(int fd, struct sockaddr_storage *name, socklen_t *size) {
+    return getpeername(fd, (struct sockaddr *)name, size) != 0 ? -errno : 0;
+}
+
+/* Whether a connect has come to its end, well. */
+static int tcpsrv__sys_connected(int fd) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    return tcpsrv__sys_peer_name(fd, &name, &size) == 0;
+}
+
+static int tcpsrv__sys_is_socket(int fd) {
+    struct stat status;
+    if (fstat(fd, &status) != 0) return -errno;
+    return S_ISSOCK(status.st_mode) ? 1 : 0;
+}
+
+/* As epoll says it: a file or directory is always ready, and cannot be waited for. */
+static TCPSRV__UNUSED int tcpsrv__sys_can_wait(int fd) {
+    struct stat status;
+    if (fstat(fd, &status) != 0) return -errno;
+    return S_ISREG(status.st_mode) || S_ISDIR(status.st_mode) ? -EPERM : 0;
+}
+
+/* Where a match of regex ends in the memory; -1: nowhere yet. */
+static int64_t tcpsrv__sys_regex_end(const void *regex, char *memory, size_t size) {
+    regmatch_t match;
+    const regex_t *compiled = (const regex_t *)regex;
+#ifdef REG_STARTEND
+    match.rm_so = 0;
+    match.rm_eo = (regoff_t)size;
+    if (regexec(compiled, memory, 1, &match, REG_STARTEND) != 0) return -1;
+#else
+    char last = memory[size];
+    int missed;
+    memory[size] = 0;
+    missed = regexec(compiled, memory, 1, &match, 0);
+    memory[size] = last;
+    if (missed) return -1;
+#endif
+    return (int64_t)match.rm_eo;
+}
+
+/* memmem, which some systems lack or hide. */
+static const char *tcpsrv__find(const char *memory, size_t size, const char *what, size_t length) {
+    const char *at = memory, *end = memory + size;
+    if (length == 1) return (const char *)memchr(memory, what[0], size);
+    while ((size_t)(end - at) >= length) {
+        at = (const char *)memchr(at, what[0], (size_t)(end - at) - length + 1);
+        if (!at || memcmp(at, what, length) == 0) return at;
+        at++;
+    }
+    return NULL;
+}
+
+/* What wakes a waiting poller: readable after a signal or another thread's call. */
+typedef struct tcpsrv__waker {
+    int read_fd, write_fd; /* the same one where it is an eventfd */
+} tcpsrv__waker;
+
+#if TCPSRV__LINUX
+static int tcpsrv__waker_open(tcpsrv__waker *waker) {
+    waker->read_fd = waker->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    return waker->read_fd < 0 ? -errno : 0;
+}
+#else
+static int tcpsrv__waker_open(tcpsrv__waker *waker) {
+    int fds[2], err;
+    if (pipe(fds) != 0) return -errno;
+    err = tcpsrv__set_cloexec_nonblock(fds[0]);
+    if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
+    waker->read_fd = fds[0];
+    waker->write_fd = fds[1];
+    if (!err) return 0;
+    close(fds[0]);
+    close(fds[1]);
+    return err;
+}
+#endif
+
+static void tcpsrv__waker_close(tcpsrv__waker *waker) {
+    close(waker->read_fd);
+    if (waker->write_fd != waker->read_fd) close(waker->write_fd);
+}
+
+/* Async-signal-safe. A full pipe wakes as well as one more byte in it. */
+static void tcpsrv__waker_wake(int write_fd) {
+    uint64_t one = 1;
+    int saved = errno;
+    ssize_t n;
+    do
+        n = write(write_fd, &one, sizeof one);
+    while (n < 0 && errno == EINTR);
+    errno = saved;
+}
+
+static void tcpsrv__waker_drain(tcpsrv__waker *waker) {
+    char bytes[256];
+    ssize_t n;
+    do
+        n = read(waker->read_fd, bytes, sizeof bytes);
+    while (n == (ssize_t)sizeof bytes || (n < 0 && errno == EINTR));
+}
+
+/* ---- signals --------------------------------------------------------------------------------- */
+
+#ifdef NSIG
+#define TCPSRV__NSIG NSIG
+#else
+#define TCPSRV__NSIG 65
+#endif
+
+/* Process-wide, as dispositions are: which loop's waker a signal writes to, and the marks that the
+   handler leaves. The table of loops is touched under tcpsrv__signal_lock only. */
+static volatile int tcpsrv__signal_fd[TCPSRV__NSIG];    /* write end + 1; 0: not ours */
+static volatile int tcpsrv__signal_seen[TCPSRV__NSIG];
+static struct sigaction tcpsrv__signal_before[TCPSRV__NSIG];
+static tcpsrv_loop *tcpsrv__signal_loop[TCPSRV__NSIG];
+static pthread_mutex_t tcpsrv__signal_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* A handler may run on any thread. */
+#if defined(__GNUC__) && !defined(__TINYC__)
+#define TCPSRV__STORE(mark, value) __atomic_store_n(mark, value, __ATOMIC_SEQ_CST)
+#define TCPSRV__LOAD(mark) __atomic_load_n(mark, __ATOMIC_SEQ_CST)
+#else
+#define TCPSRV__STORE(mark, value) (*(mark) = (value))
+#define TCPSRV__LOAD(mark) (*(mark))
+#endif
+
+static void tcpsrv__signal_handler(int signo) {
+    int fd = TCPSRV__LOAD(&tcpsrv__signal_fd[signo]) - 1;
+    TCPSRV__STORE(&tcpsrv__signal_seen[signo], 1);
+    if (fd >= 0) tcpsrv__waker_wake(fd);
+}
+
+static int tcpsrv__signal_take(int signo) {
+    int seen = TCPSRV__LOAD(&tcpsrv__signal_seen[signo]);
+    if (seen) TCPSRV__STORE(&tcpsrv__signal_seen[signo], 0);
+    return seen;
+}
+
+static int tcpsrv__sys_catch_signal(int signo, int write_fd) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = tcpsrv__signal_handler;
+    action.sa_flags = SA_RESTART;
+    TCPSRV__STORE(&tcpsrv__signal_seen[signo], 0);
+    TCPSRV__STORE(&tcpsrv__signal_fd[signo], write_fd + 1);
+    if (sigaction(signo, &action, &tcpsrv__signal_before[signo]) == 0) return 0;
+    TCPSRV__STORE(&tcpsrv__signal_fd[signo], 0);
+    return -errno;
+}
+
+static void tcpsrv__sys_restore_signal(int signo) {
+    sigaction(signo, &tcpsrv__signal_before[signo], NULL);
+    TCPSRV__STORE(&tcpsrv__signal_fd[signo], 0);
+}
+
+/* ---- context switch -------------------------------------------------------------------------- */
+
+/* Inline assembly in a static function: top-level assembly would break two static copies in one
+   program, and link-time optimisation. A context is left by a jump, not a return, which a processor
+   would always mispredict on another stack. The callee-saved registers go into the context; the
+   rest are dead across the call, if the compiler does not look into the function (noipa). A fresh
+   context begins in a function of two arguments, the contexts that were given to the switch. */
+
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__TINYC__) && __GNUC__ >= 8
+#define TCPSRV__OPAQUE __attribute__((noipa))
+#else
+#define TCPSRV__OPAQUE TCPSRV__NOINLINE
+#endif
+
+#if TCPSRV__CORO
+
+typedef struct tcpsrv__context tcpsrv__context;
+typedef void tcpsrv__entry(tcpsrv__context *from, tcpsrv__context *to);
+
+#if defined(TCPSRV__CORO_X86_64)
+
+struct tcpsrv__context {
+    void *pc, *sp, *bp, *bx, *r12, *r13, *r14, *r15;
+};
+
+static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    __asm__ volatile(
+        "leaq 1f(%%rip), %%rax\n\t"
+        "movq %%rax, 0(%%rdi)\n\t"
+        "movq %%rsp, 8(%%rdi)\n\t"
+        "movq %%rbp, 16(%%rdi)\n\t"
+        "movq %%rbx, 24(%%rdi)\n\t"
+        "movq %%r12, 32(%%rdi)\n\t"
+        "movq %%r13, 40(%%rdi)\n\t"
+        "movq %%r14, 48(%%rdi)\n\t"
+        "movq %%r15, 56(%%rdi)\n\t"
+        "movq 8(%%rsi), %%rsp\n\t"
+        "movq 16(%%rsi), %%rbp\n\t"
+        "movq 24(%%rsi), %%rbx\n\t"
+        "movq 32(%%rsi), %%r12\n\t"
+        "movq 40(%%rsi), %%r13\n\t"
+        "movq 48(%%rsi), %%r14\n\t"
+        "movq 56(%%rsi), %%r15\n\t"
+        "jmp *0(%%rsi)\n\t"
+        "1:\n\t"
+        : "+D"(from), "+S"(to)
+        :
+        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "memory", "cc");
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    uintptr_t *sp = (uintptr_t *)(void *)(top - ((uintptr_t)top & 15)) - 1;
+    *sp = 0; /* where a return address would be */
+    context->sp = sp;
+    context->bp = NULL;
+    memcpy(&context->pc, &entry, sizeof context->pc);
+}
+
+#elif defined(TCPSRV__CORO_I386)
+
+struct tcpsrv__context {
+    void *pc, *sp, *bp, *bx;
+};
+
+static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    __asm__ volatile(
+        "call 2f\n\t"
+        "2:\n\t"
+        "popl %%eax\n\t"
+        "addl $(1f - 2b), %%eax\n\t"
+        "movl %%eax, 0(%%edi)\n\t"
+        "movl %%esp, 4(%%edi)\n\t"
+        "movl %%ebp, 8(%%edi)\n\t"
+        "movl %%ebx, 12(%%edi)\n\t"
+        "movl 4(%%esi), %%esp\n\t"
+        "movl 8(%%esi), %%ebp\n\t"
+        "movl 12(%%esi), %%ebx\n\t"
+        "jmp *0(%%esi)\n\t"
+        "1:\n\t"
+        : "+D"(from), "+S"(to)
+        :
+        : "eax", "ecx", "edx", "memory", "cc");
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    uintptr_t *sp = (uintptr_t *)(void *)(top - ((uintptr_t)top & 15)) - 5;
+    sp[0] = 0; /* the return address, then the two arguments */
+    sp[1] = 0;
+    sp[2] = (uintptr_t)context;
+    context->sp = sp;
+    context->bp = NULL;
+    context->bx = NULL;
+    memcpy(&context->pc, &entry, sizeof context->pc);
+}
+
+#elif defined(TCPSRV__CORO_AARCH64)
+
+struct tcpsrv__context {
+    void *pc, *sp, *x[12]; /* x19 to x30 */
+    double d[8];           /* d8 to d15 */
+};
+
+/* br x16 suits the landing pad of an entry function, hint 36 (bti j) is that of the label. */
+static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    register tcpsrv__context *x0 __asm__("x0") = from;
+    register tcpsrv__context *x1 __asm__("x1") = to;
+    __asm__ volatile(
+        "adr x16, 1f\n\t"
+        "mov x17, sp\n\t"
+        "stp x16, x17, [x0]\n\t"
+        "stp x19, x20, [x0, #16]\n\t"
+        "stp x21, x22, [x0, #32]\n\t"
+        "stp x23, x24, [x0, #48]\n\t"
+        "stp x25, x26, [x0, #64]\n\t"
+        "stp x27, x28, [x0, #80]\n\t"
+        "stp x29, x30, [x0, #96]\n\t"
+        "stp d8, d9, [x0, #112]\n\t"
+        "stp d10, d11, [x0, #128]\n\t"
+        "stp d12, d13, [x0, #144]\n\t"
+        "stp d14, d15, [x0, #160]\n\t"
+        "ldp x16, x17, [x1]\n\t"
+        "ldp x19, x20, [x1, #16]\n\t"
+        "ldp x21, x22, [x1, #32]\n\t"
+        "ldp x23, x24, [x1, #48]\n\t"
+        "ldp x25, x26, [x1, #64]\n\t"
+        "ldp x27, x28, [x1, #80]\n\t"
+        "ldp x29, x30, [x1, #96]\n\t"
+        "ldp d8, d9, [x1, #112]\n\t"
+        "ldp d10, d11, [x1, #128]\n\t"
+        "ldp d12, d13, [x1, #144]\n\t"
+        "ldp d14, d15, [x1, #160]\n\t"
+        "mov sp, x17\n\t"
+        "br x16\n\t"
+        "1:\n\t"
+        "hint #36\n\t"
+        : "+r"(x0), "+r"(x1)
+        :
+        : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14",
+          "x15", "x16", "x17", "memory", "cc");
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    memset(context, 0, sizeof *context);
+    context->sp = top - ((uintptr_t)top & 15);
+    memcpy(&context->pc, &entry, sizeof context->pc);
+}
+
+#elif defined(TCPSRV__CORO_ARM)
+
+struct tcpsrv__context {
+    void *pc, *sp, *r[8]; /* r4 to r11 */
+    double d[8];          /* d8 to d15 */
+};
+
+#if defined(__thumb__)
+#define TCPSRV__ARM_STATE "orr r2, r2, #1\n\t"
+#else
+#define TCPSRV__ARM_STATE ""
+#endif
+#if defined(__VFP_FP__) && !defined(__SOFTFP__)
+#define TCPSRV__ARM_SAVE "vstmia r2!, {d8-d15}\n\t"
+#define TCPSRV__ARM_LOAD "vldmia r2!, {d8-d15}\n\t"
+#else
+#define TCPSRV__ARM_SAVE ""
+#define TCPSRV__ARM_LOAD ""
+#endif
+
+static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    register tcpsrv__context *r0 __asm__("r0") = from;
+    register tcpsrv__context *r1 __asm__("r1") = to;
+    __asm__ volatile(
+        "adr r2, 1f\n\t"
+        TCPSRV__ARM_STATE
+        "str r2, [r0, #0]\n\t"
+        "str sp, [r0, #4]\n\t"
+        "add r2, r0, #8\n\t"
+        "stmia r2!, {r4-r11}\n\t"
+        TCPSRV__ARM_SAVE
+        "add r2, r1, #8\n\t"
+        "ldmia r2!, {r4-r11}\n\t"
+        TCPSRV__ARM_LOAD
+        "ldr sp, [r1, #4]\n\t"
+        "ldr r2, [r1, #0]\n\t"
+        "bx r2\n\t"
+        ".align 2\n\t"
+        "1:\n\t"
+        : "+r"(r0), "+r"(r1)
+        :
+        : "r2", "r3", "r12", "lr", "memory", "cc");
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    memset(context, 0, sizeof *context);
+    context->sp = top - ((uintptr_t)top & 15);
+    memcpy(&context->pc, &entry, sizeof context->pc);
+}
+
+#elif defined(TCPSRV__CORO_RISCV)
+
+struct tcpsrv__context {
+    void *pc, *sp, *s[12];
+    double fs[12];
+};
+
+#if defined(__riscv_float_abi_double)
+#define TCPSRV__RISCV_SAVE(n, at) "fsd fs" #n ", " #at "(a0)\n\t"
+#define TCPSRV__RISCV_LOAD(n, at) "fld fs" #n ", " #at "(a1)\n\t"
+#else
+#define TCPSRV__RISCV_SAVE(n, at) ""
+#define TCPSRV__RISCV_LOAD(n, at) ""
+#endif
+
+static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    register tcpsrv__context *a0 __asm__("a0") = from;
+    register tcpsrv__context *a1 __asm__("a1") = to;
+    __asm__ volatile(
+        "lla t0, 1f\n\t"
+        "sd t0, 0(a0)\n\t" "sd sp, 8(a0)\n\t"
+        "sd s0, 16(a0)\n\t" "sd s1, 24(a0)\n\t" "sd s2, 32(a0)\n\t" "sd s3, 40(a0)\n\t"
+        "sd s4, 48(a0)\n\t" "sd s5, 56(a0)\n\t" "sd s6, 64(a0)\n\t" "sd s7, 72(a0)\n\t"
+        "sd s8, 80(a0)\n\t" "sd s9, 88(a0)\n\t" "sd s10, 96(a0)\n\t" "sd s11, 104(a0)\n\t"
+        TCPSRV__RISCV_SAVE(0, 112) TCPSRV__RISCV_SAVE(1, 120) TCPSRV__RISCV_SAVE(2, 128)
+        TCPSRV__RISCV_SAVE(3, 136) TCPSRV__RISCV_SAVE(4, 144) TCPSRV__RISCV_SAVE(5, 152)
+        TCPSRV__RISCV_SAVE(6, 160) TCPSRV__RISCV_SAVE(7, 168) TCPSRV__RISCV_SAVE(8, 176)
+        TCPSRV__RISCV_SAVE(9, 184) TCPSRV__RISCV_SAVE(10, 192) TCPSRV__RISCV_SAVE(11, 200)
+        "ld t0, 0(a1)\n\t" "ld sp, 8(a1)\n\t"
+        "ld s0, 16(a1)\n\t" "ld s1, 24(a1)\n\t" "ld s2, 32(a1)\n\t" "ld s3, 40(a1)\n\t"
+        "ld s4, 48(a1)\n\t" "ld s5, 56(a1)\n\t" "ld s6, 64(a1)\n\t" "ld s7, 72(a1)\n\t"
+        "ld s8, 80(a1)\n\t" "ld s9, 88(a1)\n\t" "ld s10, 96(a1)\n\t" "ld s11, 104(a1)\n\t"
+        TCPSRV__RISCV_LOAD(0, 112) TCPSRV__RISCV_LOAD(1, 120) TCPSRV__RISCV_LOAD(2, 128)
+        TCPSRV__RISCV_LOAD(3, 136) TCPSRV__RISCV_LOAD(4, 144) TCPSRV__RISCV_LOAD(5, 152)
+        TCPSRV__RISCV_LOAD(6, 160) TCPSRV__RISCV_LOAD(7, 168) TCPSRV__RISCV_LOAD(8, 176)
+        TCPSRV__RISCV_LOAD(9, 184) TCPSRV__RISCV_LOAD(10, 192) TCPSRV__RISCV_LOAD(11, 200)
+        "jr t0\n\t"
+        "1:\n\t"
+        : "+r"(a0), "+r"(a1)
+        :
+        : "ra", "t0", "t1", "t2", "t3", "t4", "t5", "t6", "a2", "a3", "a4", "a5", "a6", "a7",
+          "memory");
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    memset(context, 0, sizeof *context);
+    context->sp = top - ((uintptr_t)top & 15);
+    memcpy(&context->pc, &entry, sizeof context->pc);
+}
+
+#else /* ucontext */
+
+struct tcpsrv__context {
+    ucontext_t saved;
+    tcpsrv__entry *entry;
+};
+
+static void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    swapcontext(&from->saved, &to->saved);
+}
+
+/* makecontext(3) passes ints only: a pointer goes in two halves. */
+static void tcpsrv__context_begin(unsigned high, unsigned low) {
+    uintptr_t bits = (uintptr_t)(((uint64_t)high << 32) | low);
+    tcpsrv__context *context = (tcpsrv__context *)bits;
+    context->entry(NULL, context);
+}
+
+static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
+    uint64_t bits = (uint64_t)(uintptr_t)context;
+    size_t size = 16384 - 1024; /* the least that a stack has below top */
+    getcontext(&context->saved);
+    context->entry = entry;
+    context->saved.uc_stack.ss_sp = top - size;
+    context->saved.uc_stack.ss_size = size;
+    context->saved.uc_link = NULL;
+    makecontext(&context->saved, (void (*)(void))tcpsrv__context_begin, 2,
+                (unsigned)(bits >> 32), (unsigned)(bits & 0xffffffffu));
+}
+
+#endif
+
+/* ---- stack memory ---------------------------------------------------------------------------- */
+
+#ifndef MADV_GUARD_INSTALL
+#define TCPSRV__GUARD_INSTALL 102 /* Linux 6.13: a guard that does not split the mapping */
+#else
+#define TCPSRV__GUARD_INSTALL MADV_GUARD_INSTALL
+#endif
+
+static char *tcpsrv__sys_map_stacks(size_t size) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+#ifdef MADV_NOHUGEPAGE
+    madvise(memory, size, MADV_NOHUGEPAGE);
+#endif
+    return (char *)memory;
+}
+
+static void tcpsrv__sys_unmap(char *memory, size_t size) {
+    munmap(memory, size);
+}
+
+/* Access to the guard faults from now on. */
+#if TCPSRV__LINUX
+static int tcpsrv__sys_guard(char *memory, size_t size) {
+    if (madvise(memory, size, TCPSRV__GUARD_INSTALL) == 0) return 0;
+    return mprotect(memory, size, PROT_NONE) != 0 ? -errno : 0;
+}
+#else
+static int tcpsrv__sys_guard(char *memory, size_t size) {
+    return mprotect(memory, size, PROT_NONE) != 0 ? -errno : 0;
+}
+#endif
+
+static void tcpsrv__sys_give_back(char *memory, size_t size) {
+    madvise(memory, size, MADV_DONTNEED);
+}
+
+/* Sanitizers and valgrind must be told of stacks, and of switches between them. */
+#if TCPSRV__ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define TCPSRV__ASAN_LEAVE(fake, bottom, size) __sanitizer_start_switch_fiber(fake, bottom, size)
+#define TCPSRV__ASAN_ENTER(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
+#define TCPSRV__ASAN_FRESH(memory, size) __asan_unpoison_memory_region(memory, size)
+#define TCPSRV__ASAN_STALE(memory, size) __asan_poison_memory_region(memory, size)
+#else
+#define TCPSRV__ASAN_LEAVE(fake, bottom, size) ((void)0)
+#define TCPSRV__ASAN_ENTER(fake, bottom, size) ((void)0)
+#define TCPSRV__ASAN_FRESH(memory, size) ((void)0)
+#define TCPSRV__ASAN_STALE(memory, size) ((void)0)
+#endif
+#if TCPSRV__TSAN
+#ifdef __cplusplus
+extern "C" {
+#endif
+void *__tsan_get_current_fiber(void);
+void *__tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void *fiber);
+void __tsan_switch_to_fiber(void *fiber, unsigned flags);
+#ifdef __cplusplus
+}
+#endif
+#define TCPSRV__TSAN_HERE() __tsan_get_current_fiber()
+#define TCPSRV__TSAN_NEW() __tsan_create_fiber(0)
+#define TCPSRV__TSAN_END(fiber) __tsan_destroy_fiber(fiber)
+#define TCPSRV__TSAN_GO(fiber) __tsan_switch_to_fiber(fiber, 0)
+#else
+#define TCPSRV__TSAN_HERE() NULL
+#define TCPSRV__TSAN_NEW() NULL
+#define TCPSRV__TSAN_END(fiber) ((void)0)
+#define TCPSRV__TSAN_GO(fiber) ((void)0)
+#endif
+#if defined(VALGRIND_STACK_REGISTER)
+#define TCPSRV__VALGRIND_ADD(low, high) VALGRIND_STACK_REGISTER(low, high)
+#define TCPSRV__VALGRIND_END(id) VALGRIND_STACK_DEREGISTER(id)
+#else
+#define TCPSRV__VALGRIND_ADD(low, high) 0u
+#define TCPSRV__VALGRIND_END(id) ((void)(id))
+#endif
+
+#endif /* TCPSRV__CORO */
+
+/* ---- sockets and processes ------------------------------------------------------------------- */
+
+#if TCPSRV__HAVE_ACCEPT4
+static int tcpsrv__sys_socket(int family) {
+    int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    return fd < 0 ? -errno : fd;
+}
+#else
+static int tcpsrv__sys_socket(int family) {
+    int err, on = 1, fd = socket(family, SOCK_STREAM, 0);
+    if (fd < 0) return -errno;
+    err = tcpsrv__set_cloexec_nonblock(fd);
+#ifdef SO_NOSIGPIPE
+    if (!err && setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on) != 0) err = -errno;
+#endif
+    (void)on;
+    if (err) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+#endif
+
+static int tcpsrv__sys_option(int fd, int level, int option, int value) {
+    return setsockopt(fd, level, option, &value, sizeof value) != 0 ? -errno : 0;
+}
+
+/* SO_REUSEPORT that shares connections out; other systems give all to the last one bound. */
+#if defined(SO_REUSEPORT_LB)
+#define TCPSRV__REUSE_PORT SO_REUSEPORT_LB
+#elif defined(SO_REUSEPORT)
+#define TCPSRV__REUSE_PORT SO_REUSEPORT
+#else
+#define TCPSRV__REUSE_PORT (-1)
+#endif
+
+#ifdef IP_BIND_ADDRESS_NO_PORT
+#define TCPSRV__BIND_NO_PORT IP_BIND_ADDRESS_NO_PORT
+#else
+#define TCPSRV__BIND_NO_PORT (-1)
+#endif
+
+static int tcpsrv__sys_bind(int fd, const struct sockaddr *name, socklen_t size) {
+    return bind(fd, name, size) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_listen(int fd, int backlog) {
+    return listen(fd, backlog) != 0 ? -errno : 0;
+}
+
+/* 0: connected; 1: it goes on in the background, also after EINTR (connect(2)). */
+static int tcpsrv__sys_connect(int fd, const struct sockaddr *name, socklen_t size) {
+    if (connect(fd, name, size) == 0) return 0;
+    return errno == EINPROGRESS || errno == EINTR ? 1 : -errno;
+}
+
+static int tcpsrv__socket_error(int fd) {
+    int err = 0;
+    socklen_t size = sizeof err;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &size) != 0) return -errno;
+    return -err;
+}
+
+static int tcpsrv__sys_lstat(const char *path, struct stat *status) {
+    return lstat(path, status) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_chmod(const char *path, unsigned mode) {
+    return chmod(path, (mode_t)mode) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__sys_unlink(const char *path) {
+    return unlink(path) != 0 ? -errno : 0;
+}
+
+/* The resolver's codes are negative here and positive there. */
+static int tcpsrv__sys_resolve(const char *host, const char *port, const struct addrinfo *hints,
+                               struct addrinfo **list) {
+    int code = getaddrinfo(host, port, hints, list);
+    if (code == EAI_SYSTEM) return errno ? -errno : -EIO;
+    if (code == EAI_MEMORY) return -ENOMEM;
+    return code == 0 ? 0 : TCPSRV_ERESOLVE - (code < 0 ? -code : code);
+}
+
+static const char *tcpsrv__sys_resolve_text(int code) {
+    return gai_strerror(EAI_NONAME < 0 ? -code : code);
+}
+
+#if TCPSRV__LINUX
+static int tcpsrv__sys_cpu_count(void) {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+static void tcpsrv__sys_die_with_parent(void) {
+    prctl(PR_SET_PDEATHSIG, SIGTERM);
+}
+#else
+static int tcpsrv__sys_cpu_count(void) {
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+static void tcpsrv__sys_die_with_parent(void) {
+}
+#endif
+
+static long tcpsrv__sys_fork(void) {
+    pid_t pid;
+    fflush(NULL); /* what is buffered must not leave twice */
+    pid = fork();
+    return pid < 0 ? -errno : (long)pid;
+}
+
+static void tcpsrv__sys_kill(long pid, int signo) {
+    kill((pid_t)pid, signo);
+}
+
+/* Whether the child has ended, and how. One that is not there has ended too. */
+static int tcpsrv__sys_reap(long pid, int *status, int block) {
+    pid_t got;
+    do
+        got = waitpid((pid_t)pid, status, block ? 0 : WNOHANG);
+    while (got < 0 && errno == EINTR);
+    return got != 0;
+}
+
+static int tcpsrv__sys_pipe(int fds[2]) {
+    int err;
+    if (pipe(fds) != 0) return -errno;
+    err = tcpsrv__set_cloexec_nonblock(fds[0]);
+    if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
+    if (!err) return 0;
+    tcpsrv__sys_close(fds[0]);
+    tcpsrv__sys_close(fds[1]);
+    return err;
+}
+
+static void tcpsrv__sys_wait_readable(int fd, int timeout_ms) {
+    struct pollfd entry;
+    entry.fd = fd;
+    entry.events = POLLIN;
+    entry.revents = 0;
+    poll(&entry, 1, timeout_ms);
+}
+
+static long tcpsrv__sys_parent_pid(void) {
+    return (long)getppid();
+}
+
+/* The signals of a parent, held while a child is made of it. */
+static void tcpsrv__sys_hold_signals(int hold) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGCHLD);
+    pthread_sigmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
+}
+
+static void tcpsrv__sys_ignore_interrupt(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGINT, &action, NULL);
+}
+
+static void tcpsrv__sys_exit(int status) {
+    exit(status);
+}
+
+/* What a child of tcpsrv_fork_processes knows of itself; -1 elsewhere. */
+static int tcpsrv__own_task_id = -1;
+static int tcpsrv__lifeline = -1; /* reads the end when the parent is gone */
+
+/* ==== >>poller ================================================================================ */
+
+/* One edge-like contract over three systems. An event names the object's id and says "readable,
+   writable, ended since I last told you". For streams the poller tells each once, and again only
+   after rearm, which the stream calls when a call has shown that direction to be dry; an end or an
+   error is told once. Listeners and watches are level-triggered. forget comes just before close,
+   remove leaves the descriptor open. Id 0 is the waker. */
+
+enum {
+    TCPSRV__EVENT_READ = 1,
+    TCPSRV__EVENT_WRITE = 2,
+    TCPSRV__EVENT_END = 4,     /* the peer has finished sending, or hung up */
+    TCPSRV__EVENT_ERROR = 8,
+    TCPSRV__EVENT_URGENT = 16  /* out-of-band data: a short read proves nothing */
+};
+enum { TCPSRV__POLLER_BATCH = 512 };
+
+#if defined(TCPSERVER_USE_EPOLL)
+
+typedef struct tcpsrv__poller {
+    int fd;
+    struct epoll_event events[TCPSRV__POLLER_BATCH];
+} tcpsrv__poller;
+
+static int tcpsrv__poller_control(tcpsrv__poller *poller, int op, int fd, uint32_t events,
+                                  int64_t id) {
+    struct epoll_event event;
+    event.events = events;
+    event.data.u64 = (uint64_t)id;
+    return epoll_ctl(poller->fd, op, fd, &event) != 0 ? -errno : 0;
+}
+
+static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
+    int err;
+    poller->fd = epoll_create1(EPOLL_CLOEXEC);
+    if (poller->fd < 0) return -errno;
+    err = tcpsrv__poller_control(poller, EPOLL_CTL_ADD, waker_fd, EPOLLIN, 0);
+    if (err) close(poller->fd);
+    return err;
+}
+
+static void tcpsrv__poller_close(tcpsrv__poller *poller) {
+    close(poller->fd);
+}
+
+static int tcpsrv__poller_fd(const tcpsrv__poller *poller) {
+    return poller->fd;
+}
+
+/* Writability costs an event of its own at once, so it is asked for at the first full buffer only;
+   from then on it stays. */
+static uint32_t tcpsrv__poller_stream_mask(int directions) {
+    uint32_t mask = EPOLLIN | EPOLLPRI | EPOLLRDHUP | (uint32_t)EPOLLET;
+    return directions & TCPSRV__EVENT_WRITE ? mask | EPOLLOUT : mask;
+}
+
+static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    uint32_t mask = tcpsrv__poller_stream_mask(directions);
+    return tcpsrv__poller_control(poller, EPOLL_CTL_ADD, fd, mask, id);
+}
+
+/* 0, or TCPSRV__EVENT_WRITE in *armed once edges of writability are told too. */
+static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
+                                unsigned char *armed) {
+    int err;
+    if (direction == TCPSRV__EVENT_READ || (*armed & TCPSRV__EVENT_WRITE)) return 0;
+    err = tcpsrv__poller_control(poller, EPOLL_CTL_MOD, fd,
+                                 tcpsrv__poller_stream_mask(TCPSRV__EVENT_WRITE), id);
+    if (!err) *armed |= TCPSRV__EVENT_WRITE;
+    return err;
+}
+
+/* Level-triggered. A shared listener wakes one process only (EPOLLEXCLUSIVE, epoll_ctl(2)). */
+static int tcpsrv__poller_add_listener(tcpsrv__poller *poller, int fd, int64_t id, int shared) {
+    uint32_t mask = shared ? EPOLLIN | (uint32_t)EPOLLEXCLUSIVE : EPOLLIN;
+    return tcpsrv__poller_control(poller, EPOLL_CTL_ADD, fd, mask, id);
+}
+
+static int tcpsrv__poller_add_watch(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    uint32_t mask = 0;
+    if (directions & TCPSRV__EVENT_READ) mask |= EPOLLIN;
+    if (directions & TCPSRV__EVENT_WRITE) mask |= EPOLLOUT;
+    return tcpsrv__poller_control(poller, EPOLL_CTL_ADD, fd, mask, id);
+}
+
+static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+    tcpsrv__poller_control(poller, EPOLL_CTL_DEL, fd, 0, 0);
+}
+
+/* close(2) takes the registration with it; one that a forked child still holds open is told under
+   an id that nobody has any more. */
+static void tcpsrv__poller_forget(tcpsrv__poller *poller, int fd) {
+    (void)poller, (void)fd;
+}
+
+static int tcpsrv__poller_wait(tcpsrv__poller *poller, int timeout_ms) {
+    int n = epoll_wait(poller->fd, poller->events, TCPSRV__POLLER_BATCH, timeout_ms);
+    if (n >= 0) return n;
+    return errno == EINTR ? 0 : -errno;
+}
+
+static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t *id) {
+    uint32_t events = poller->events[index].events;
+    int told = 0;
+    *id = (int64_t)poller->events[index].data.u64;
+    if (TCPSRV__LIKELY(events == EPOLLIN)) return TCPSRV__EVENT_READ;
+    if (events & EPOLLIN) told |= TCPSRV__EVENT_READ;
+    if (events & EPOLLOUT) told |= TCPSRV__EVENT_WRITE;
+    if (events & EPOLLPRI) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_URGENT;
+    if (events & EPOLLRDHUP) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_END;
+    if (events & EPOLLHUP) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_END;
+    if (events & EPOLLERR) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_ERROR;
+    return told;
+}
+
+#elif defined(TCPSERVER_USE_KQUEUE)
+
+/* Types of struct kevent's members differ between the systems (NetBSD: unsigned filters, size_t
+   counts), so that only EV_SET fills one and no filter is compared by sign. */
+typedef struct tcpsrv__poller {
+    int fd;
+    struct kevent events[TCPSRV__POLLER_BATCH];
+} tcpsrv__poller;
+
+static int tcpsrv__poller_change(tcpsrv__poller *poller, int fd, int read_side, unsigned flags,
+                                 int64_t id) {
+    struct kevent change;
+    void *key = (void *)(uintptr_t)id;
+    if (read_side)
+        EV_SET(&change, (uintptr_t)fd, EVFILT_READ, (unsigned short)flags, 0, 0, key);
+    else
+        EV_SET(&change, (uintptr_t)fd, EVFILT_WRITE, (unsigned short)flags, 0, 0, key);
+    while (kevent(poller->fd, &change, 1, NULL, 0, NULL) != 0)
+        if (errno != EINTR) return -errno;
+    return 0;
+}
+
+static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
+    int err;
+    poller->fd = kqueue();
+    if (poller->fd < 0) return -errno;
+    fcntl(poller->fd, F_SETFD, FD_CLOEXEC);
+    err = tcpsrv__poller_change(poller, waker_fd, 1, EV_ADD, 0);
+    if (err) close(poller->fd);
+    return err;
+}
+
+static void tcpsrv__poller_close(tcpsrv__poller *poller) {
+    close(poller->fd);
+}
+
+static int tcpsrv__poller_fd(const tcpsrv__poller *poller) {
+    return poller->fd;
+}
+
+static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+    tcpsrv__poller_change(poller, fd, 1, EV_DELETE, 0);
+    tcpsrv__poller_change(poller, fd, 0, EV_DELETE, 0);
+}
+
+/* close(2) removes the filters on the BSDs; deleting them first also suits emulations. */
+static void tcpsrv__poller_forget(tcpsrv__poller *poller, int fd) {
+    tcpsrv__poller_remove(poller, fd);
+}
+
+static int tcpsrv__poller_add(tcpsrv__poller *poller, int fd, int64_t id, int directions,
+                              unsigned flags) {
+    int err = 0;
+    if (directions & TCPSRV__EVENT_READ)
+        err = tcpsrv__poller_change(poller, fd, 1, EV_ADD | flags, id);
+    if (!err && (directions & TCPSRV__EVENT_WRITE))
+        err = tcpsrv__poller_change(poller, fd, 0, EV_ADD | flags, id);
+    if (err) tcpsrv__poller_remove(poller, fd);
+    return err;
+}
+
+static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    return tcpsrv__poller_add(poller, fd, id, directions | TCPSRV__EVENT_READ, EV_CLEAR);
+}
+
+static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
+                                unsigned char *armed) {
+    int err;
+    if (direction == TCPSRV__EVENT_READ || (*armed & TCPSRV__EVENT_WRITE)) return 0;
+    err = tcpsrv__poller_change(poller, fd, 0, EV_ADD | EV_CLEAR, id);
+    if (!err) *armed |= TCPSRV__EVENT_WRITE;
+    return err;
+}
+
+static int tcpsrv__poller_add_listener(tcpsrv__poller *poller, int fd, int64_t id, int shared) {
+    (void)shared;
+    return tcpsrv__poller_add(poller, fd, id, TCPSRV__EVENT_READ, 0);
+}
+
+static int tcpsrv__poller_add_watch(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    int err = tcpsrv__sys_can_wait(fd);
+    return err ? err : tcpsrv__poller_add(poller, fd, id, directions, 0);
+}
+
+static int tcpsrv__poller_wait(tcpsrv__poller *poller, int timeout_ms) {
+    struct timespec limit, *given = NULL;
+    int n;
+    if (timeout_ms >= 0) {
+        limit.tv_sec = timeout_ms / 1000;
+        limit.tv_nsec = (long)(timeout_ms % 1000) * 1000000L;
+        given = &limit;
+    }
+    n = kevent(poller->fd, NULL, 0, poller->events, TCPSRV__POLLER_BATCH, given);
+    if (n >= 0) return n;
+    return errno == EINTR ? 0 : -errno;
+}
+
+/* EV_EOF on the read side: unread bytes may remain. On the write side: nobody reads any more, or a
+   connect has failed; the next call tells which. */
+static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t *id) {
+    const struct kevent *event = &poller->events[index];
+    int told, ended = (event->flags & EV_EOF) != 0;
+    *id = (int64_t)(uintptr_t)event->udata;
+    if (event->flags & EV_ERROR) return TCPSRV__EVENT_ERROR;
+    if (event->filter == EVFILT_READ)
+        told = ended ? TCPSRV__EVENT_READ | TCPSRV__EVENT_END : TCPSRV__EVENT_READ;
+    else
+        told = ended ? TCPSRV__EVENT_WRITE | TCPSRV__EVENT_READ : TCPSRV__EVENT_WRITE;
+    return ended && event->fflags ? told | TCPSRV__EVENT_ERROR : told;
+}
+
+#else
+
+/* poll(2) is level-triggered: what was told is masked out until rearm. A hang-up or error cannot be
+   masked; such an entry is muted by a negative descriptor. */
+typedef struct tcpsrv__poller {
+    struct pollfd *entries;
+    int64_t *ids;           /* of the entries; negative: level-triggered, minus the id */
+    int *index_of;          /* a descriptor's entry + 1 */
+    int count, capacity, descriptors, from;
+    struct {
+        int64_t id;
+        int events;
+    } events[TCPSRV__POLLER_BATCH];
+} tcpsrv__poller;
+
+static int tcpsrv__poller_grow_entries(tcpsrv__poller *poller) {
+    int capacity = poller->capacity ? poller->capacity * 2 : 16;
+    struct pollfd *entries;
+    int64_t *ids;
+    if (poller->count < poller->capacity) return 0;
+    entries = (struct pollfd *)TCPSERVER_REALLOC(poller->entries,
+                                                 (size_t)capacity * sizeof *entries);
+    if (!entries) return -ENOMEM;
+    poller->entries = entries;
+    ids = (int64_t *)TCPSERVER_REALLOC(poller->ids, (size_t)capacity * sizeof *ids);
+    if (!ids) return -ENOMEM;
+    poller->ids = ids;
+    poller->capacity = capacity;
+    return 0;
+}
+
+static int tcpsrv__poller_grow_descriptors(tcpsrv__poller *poller, int fd) {
+    int n = poller->descriptors ? poller->descriptors : 16;
+    int *index_of;
+    if (fd < poller->descriptors) return 0;
+    while (n <= fd) n *= 2;
+    index_of = (int *)TCPSERVER_REALLOC(poller->index_of, (size_t)n * sizeof *index_of);
+    if (!index_of) return -ENOMEM;
+    memset(index_of + poller->descriptors, 0,
+           (size_t)(n - poller->descriptors) * sizeof *index_of);
+    poller->index_of = index_of;
+    poller->descriptors = n;
+    return 0;
+}
+
+static int tcpsrv__poller_add(tcpsrv__poller *poller, int fd, int64_t id, short events) {
+    int err = tcpsrv__poller_grow_entries(poller);
+    if (!err) err = tcpsrv__poller_grow_descriptors(poller, fd);
+    if (err) return err;
+    if (poller->index_of[fd]) return -EEXIST;
+    poller->entries[poller->count].fd = fd;
+    poller->entries[poller->count].events = events;
+    poller->entries[poller->count].revents = 0;
+    poller->ids[poller->count] = id;
+    poller->index_of[fd] = ++poller->count;
+    return 0;
+}
+
+static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
+    int err;
+    memset(poller, 0, sizeof *poller);
+    err = tcpsrv__poller_add(poller, waker_fd, 0, POLLIN);
+    if (!err) return 0;
+    tcpsrv__free(poller->entries);
+    tcpsrv__free(poller->ids);
+    tcpsrv__free(poller->index_of);
+    return err;
+}
+
+static void tcpsrv__poller_close(tcpsrv__poller *poller) {
+    tcpsrv__free(poller->entries);
+    tcpsrv__free(poller->ids);
+    tcpsrv__free(poller->index_of);
+}
+
+static int tcpsrv__poller_fd(const tcpsrv__poller *poller) {
+    (void)poller;
+    return -ENOTSUP;
+}
+
+static short tcpsrv__poller_mask(int directions) {
+    int mask = 0;
+    if (directions & TCPSRV__EVENT_READ) mask |= POLLIN;
+    if (directions & TCPSRV__EVENT_WRITE) mask |= POLLOUT;
+    if (directions & TCPSRV__EVENT_URGENT) mask |= POLLPRI;
+    return (short)mask;
+}
+
+static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    int mask = tcpsrv__poller_mask(directions | TCPSRV__EVENT_READ | TCPSRV__EVENT_URGENT);
+    return tcpsrv__poller_add(poller, fd, id, (short)(mask | POLLRDHUP));
+}
+
+static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
+                                unsigned char *armed) {
+    struct pollfd *entry = &poller->entries[poller->index_of[fd] - 1];
+    (void)id, (void)armed;
+    entry->events = (short)(entry->events | tcpsrv__poller_mask(direction));
+    return 0;
+}
+
+static int tcpsrv__poller_add_listener(tcpsrv__poller *poller, int fd, int64_t id, int shared) {
+    (void)shared;
+    return tcpsrv__poller_add(poller, fd, -id, POLLIN);
+}
+
+static int tcpsrv__poller_add_watch(tcpsrv__poller *poller, int fd, int64_t id, int directions) {
+    int err = tcpsrv__sys_can_wait(fd);
+    return err ? err : tcpsrv__poller_add(poller, fd, -id, tcpsrv__poller_mask(directions));
+}
+
+static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+    int index, last = poller->count - 1, moved;
+    if (fd >= poller->descriptors || !poller->index_of[fd]) return;
+    index = poller->index_of[fd] - 1;
+    poller->index_of[fd] = 0;
+    poller->count--;
+    if (index == last) return;
+    poller->entries[index] = poller->entries[last];
+    poller->ids[index] = poller->ids[last];
+    moved = poller->entries[index].fd;
+    poller->index_of[moved < 0 ? -1 - moved : moved] = index + 1;
+}
+
+static void tcpsrv__poller_forget(tcpsrv__poller *poller, int fd) {
+    tcpsrv__poller_remove(poller, fd);
+}
+
+static int tcpsrv__poller_translate(short revents) {
+    int told = 0;
+    if (revents & POLLIN) told |= TCPSRV__EVENT_READ;
+    if (revents & POLLOUT) told |= TCPSRV__EVENT_WRITE;
+    if (revents & POLLPRI) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_URGENT;
+    if (revents & POLLRDHUP) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_END;
+    if (revents & POLLHUP) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_END;
+    if (revents & (POLLERR | POLLNVAL))
+        told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_ERROR;
+    return told;
+}
+
+/* The masking that makes an entry edge-like. */
+static void tcpsrv__poller_mask_told(struct pollfd *entry) {
+    int told = entry->revents;
+    entry->events = (short)(entry->events & ~told);
+    if (told & (POLLHUP | POLLERR | POLLNVAL)) entry->fd = -1 - entry->fd;
+}
+
+/* Each batch begins behind the entry that ended the last one, so that all have their turn. */
+static int tcpsrv__poller_wait(tcpsrv__poller *poller, int timeout_ms) {
+    int ready = poll(poller->entries, (nfds_t)poller->count, timeout_ms), i, at, n = 0;
+    if (ready < 0) return errno == EINTR ? 0 : -errno;
+    if (poller->from >= poller->count) poller->from = 0;
+    for (i = 0, at = poller->from; i < poller->count && ready > 0; i++, at++) {
+        struct pollfd *entry;
+        if (at == poller->count) at = 0;
+        entry = &poller->entries[at];
+        if (!entry->revents) continue;
+        if (n == TCPSRV__POLLER_BATCH) break;
+        ready--;
+        poller->events[n].id = poller->ids[at] < 0 ? -poller->ids[at] : poller->ids[at];
+        poller->events[n++].events = tcpsrv__poller_translate(entry->revents);
+        if (poller->ids[at] > 0) tcpsrv__poller_mask_told(entry);
+    }
+    poller->from = at;
+    return n;
+}
+
+static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t *id) {
+    *id = poller->events[index].id;
+    return poller->events[index].events;
+}
+
+#endif
+
+/* ==== >>loop ================================================================================== */
+
+/* Owns the turn. One turn: wait for events, tell each to its object, run the timers that are due,
+   then run once whatever is on the ready list; what these put there waits for the next turn. After
+   every callback or coroutine run the flush list is worked off. At the end of the turn, and only
+   there, objects that have ended are destroyed and their slots become free, so that pointers and
+   events of this batch stay harmless until then.
+
+   Everything that can be told about or named by an id is a source: it has a slot in the loop's
+   table, and its id is the slot's generation above the slot's number. */
+
+typedef struct tcpsrv__source tcpsrv__source;
+typedef struct tcpsrv__co tcpsrv__co;
+typedef struct tcpsrv__block tcpsrv__block;
+typedef struct tcpsrv__stack_pool tcpsrv__stack_pool;
+
+typedef struct tcpsrv__class {
+    void (*event)(tcpsrv__source *source, int events);
+    void (*run)(tcpsrv__source *source);      /* its turn on the ready list */
+    void (*flush)(tcpsrv__source *source);    /* its turn on the flush list */
+    void (*cancel)(tcpsrv__source *source);   /* tcpsrv_cancel; NULL: not by that */
+    void (*drop)(tcpsrv__source *source);     /* the loop is being freed */
+    void (*destroy)(tcpsrv__source *source);  /* give back its memory */
+} tcpsrv__class;
+
+struct tcpsrv__source {
+    const tcpsrv__class *type;
+    tcpsrv_loop *loop;
+    int64_t id;
+    tcpsrv__source *ready_next; /* on the ready list, or on the list of those to destroy */
+    tcpsrv__source *flush_next;
+    int fd;
+    unsigned char is_ready, is_flushing, is_gone, spare;
+};
+
+typedef struct tcpsrv__slot {
+    tcpsrv__source *source;
+    uint32_t generation;
+    uint32_t next;              /* free list; or what else its owner keeps here */
+} tcpsrv__slot;
+
+typedef struct tcpsrv__timer tcpsrv__timer;
+struct tcpsrv__timer {
+    void (*fire)(tcpsrv_loop *loop, tcpsrv__timer *timer);
+    uint64_t due;
+    size_t place;               /* in the heap + 1; 0: not armed */
+};
+
+typedef struct tcpsrv__heap_entry {
+    uint64_t due, sequence;
+    tcpsrv__timer *timer;
+} tcpsrv__heap_entry;
+
+typedef struct tcpsrv__posted {
+    struct tcpsrv__posted *next;
+    tcpsrv_fn *fn;
+    void *arg;
+} tcpsrv__posted;
+
+typedef struct tcpsrv__signal_call {
+    tcpsrv__source source;
+    struct tcpsrv__signal_call *next;
+    tcpsrv_signal_fn *fn;
+    void *arg;
+    int signo;
+} tcpsrv__signal_call;
+
+enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks, see >>buffer */
+
+struct tcpsrv_loop {
+    uint64_t now, turn;
+    tcpsrv__co *current;        /* the running coroutine; NULL: a callback, or nothing */
+    tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
+    size_t ready_count;
+    tcpsrv__slot *slots;
+    uint32_t slot_count, slot_capacity, free_slot, released_slot;
+    tcpsrv__heap_entry *heap;
+    size_t heap_count, heap_capacity;
+    uint64_t timer_sequence;
+    int running, stopping, ending;
+    int64_t parent_watch;       /* of a forked child, >>server */
+    long pid;
+    char *scratch;              /* receive memory that spills are cut from, >>stream */
+    tcpsrv__block *pool[TCPSRV__CLASSES];
+    unsigned pool_count[TCPSRV__CLASSES];
+    tcpsrv__stack_pool *stacks; /* >>coroutine */
+    int64_t *ended;             /* ring of coroutines that nobody has joined */
+    size_t ended_capacity, ended_first, ended_count;
+    tcpsrv__signal_call *signals;
+    pthread_mutex_t post_lock;
+    tcpsrv__posted *posted_first, *posted_last;
+    int post_waking;            /* a wake is on its way; under post_lock */
+    tcpsrv__waker waker;
+    tcpsrv__poller poller;
+};
+
+#define TCPSRV__CONTAINER(type, member, pointer) \
+    ((type *)(void *)((char *)(pointer) - offsetof(type, member)))
+
+/* ---- slots ----------------------------------------------------------------------------------- */
+
+static int tcpsrv__slots_grow(tcpsrv_loop *loop) {
+    uint32_t capacity = loop->slot_capacity ? loop->slot_capacity * 2 : 64;
+    tcpsrv__slot *slots;
+    slots = (tcpsrv__slot *)TCPSERVER_REALLOC(loop->slots, (size_t)capacity * sizeof *slots);
+    if (!slots) return -ENOMEM;
+    loop->slots = slots;
+    loop->slot_capacity = capacity;
+    return 0;
+}
+
+static int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv__class *type,
+                               tcpsrv_loop *loop, int fd) {
+    tcpsrv__slot *slot;
+    uint32_t number = loop->free_slot;
+    if (loop->ending) return TCPSRV_ECANCELED;
+    if (!number) {
+        number = loop->slot_count ? loop->slot_count : 1; /* id 0 is the waker's */
+        if (number >= loop->slot_capacity && tcpsrv__slots_grow(loop) != 0) return -ENOMEM;
+        loop->slot_count = number + 1;
+        loop->slots[number].generation = 1;
+        loop->slots[number].next = 0;
+    }
+    slot = &loop->slots[number];
+    loop->free_slot = slot->next;
+    slot->source = source;
+    slot->next = 0;
+    source->type = type;
+    source->loop = loop;
+    source->fd = fd;
+    source->id = (int64_t)(((uint64_t)slot->generation << 32) | number);
+    return 0;
+}
+
+static tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, int64_t id) {
+    uint32_t number = (uint32_t)((uint64_t)id & 0xffffffffu);
+    tcpsrv__slot *slot;
+    if (number == 0 || number >= loop->slot_count) return NULL;
+    slot = &loop->slots[number];
+    return slot->generation == (uint32_t)((uint64_t)id >> 32) ? slot : NULL;
+}
+
+static tcpsrv__source *tcpsrv__source_by_id(const tcpsrv_loop *loop, int64_t id) {
+    tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
+    return slot ? slot->source : NULL;
+}
+
+/* The id is dead from now on; the slot is reused from the next turn on. */
+static void tcpsrv__slot_release(tcpsrv_loop *loop, int64_t id) {
+    tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
+    if (!slot) return;
+    slot->source = NULL;
+    slot->generation = (slot->generation + 1) & 0x7fffffffu; /* ids stay positive */
+    if (slot->generation == 0) slot->generation = 1;
+    slot->next = loop->released_slot;
+    loop->released_slot = (uint32_t)(slot - loop->slots);
+}
+
+static void tcpsrv__slots_recycle(tcpsrv_loop *loop) {
+    while (loop->released_slot) {
+        tcpsrv__slot *slot = &loop->slots[loop->released_slot];
+        uint32_t next = slot->next;
+        slot->next = loop->free_slot;
+        loop->free_slot = loop->released_slot;
+        loop->released_slot = next;
+    }
+}
+
+/* ---- the ready list, the flush list, the end of sources -------------------------------------- */
+
+static void tcpsrv__make_ready(tcpsrv__source *source) {
+    tcpsrv_loop *loop = source->loop;
+    if (source->is_ready || source->is_gone) return;
+    source->is_ready = 1;
+    source->ready_next = NULL;
+    if (loop->ready_last) loop->ready_last->ready_next = source;
+    else loop->ready_first = source;
+    loop->ready_last = source;
+    loop->ready_count++;
+}
+
+static tcpsrv__source *tcpsrv__take_ready(tcpsrv_loop *loop) {
+    tcpsrv__source *source = loop->ready_first;
+    loop->ready_first = source->ready_next;
+    if (!loop->ready_first) loop->ready_last = NULL;
+    loop->ready_count--;
+    source->is_ready = 0;
+    return source;
+}
+
+static void tcpsrv__make_flushing(tcpsrv__source *source) {
+    tcpsrv_loop *loop = source->loop;
+    if (source->is_flushing) return;
+    source->is_flushing = 1;
+    source->flush_next = NULL;
+    if (loop->flush_last) loop->flush_last->flush_next = source;
+    else loop->flush_first = source;
+    loop->flush_last = source;
+}
+
+/* After every callback and coroutine run. */
+static void tcpsrv__flush_all(tcpsrv_loop *loop) {
+    while (loop->flush_first) {
+        tcpsrv__source *source = loop->flush_first;
+        loop->flush_first = source->flush_next;
+        if (!loop->flush_first) loop->flush_last = NULL;
+        source->is_flushing = 0;
+        if (!source->is_gone) source->type->flush(source);
+    }
+}
+
+/* Ends a source: its id is dead at once, its memory goes at the end of the turn. One that is on the
+   ready list goes when it is taken from there. */
+static void tcpsrv__source_end(tcpsrv__source *source) {
+    tcpsrv_loop *loop = source->loop;
+    if (source->is_gone) return;
+    source->is_gone = 1;
+    tcpsrv__slot_release(loop, source->id);
+    if (source->is_ready) return;
+    source->ready_next = loop->gone;
+    loop->gone = source;
+}
+
+static void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
+    while (loop->gone) {
+        tcpsrv__source *source = loop->gone;
+        loop->gone = source->ready_next;
+        source->type->destroy(source);
+    }
+}
+
+static void tcpsrv__run_ready(tcpsrv_loop *loop) {
+    size_t n = loop->ready_count;
+    for (; n > 0; n--) {
+        tcpsrv__source *source = tcpsrv__take_ready(loop);
+        if (source->is_gone) {
+            source->ready_next = loop->gone;
+            loop->gone = source;
+        } else {
+            source->type->run(source);
+            tcpsrv__flush_all(loop);
+        }
+    }
+}
+
+/* ---- timers ---------------------------------------------------------------------------------- */
+
+static int tcpsrv__heap_before(const tcpsrv__heap_entry *a, const tcpsrv__heap_entry *b) {
+    return a->due != b->due ? a->due < b->due : a->sequence < b->sequence;
+}
+
+static void tcpsrv__heap_place(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry entry) {
+    loop->heap[index] = entry;
+    entry.timer->place = index + 1;
+}
+
+static void tcpsrv__heap_up(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry entry) {
+    while (index > 0 && tcpsrv__heap_before(&entry, &loop->heap[(index - 1) / 2])) {
+        tcpsrv__heap_place(loop, index, loop->heap[(index - 1) / 2]);
+        index = (index - 1) / 2;
+    }
+    tcpsrv__heap_place(loop, index, entry);
+}
+
+static void tcpsrv__heap_down(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry entry) {
+    size_t child;
+    while ((child = 2 * index + 1) < loop->heap_count) {
+        if (child + 1 < loop->heap_count &&
+            tcpsrv__heap_before(&loop->heap[child + 1], &loop->heap[child]))
+            child++;
+        if (!tcpsrv__heap_before(&loop->heap[child], &entry)) break;
+        tcpsrv__heap_place(loop, index, loop->heap[child]);
+        index = child;
+    }
+    tcpsrv__heap_place(loop, index, entry);
+}
+
+static void tcpsrv__timer_cancel(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    size_t index = timer->place;
+    tcpsrv__heap_entry last;
+    if (!index--) return;
+    timer->place = 0;
+    last = loop->heap[--loop->heap_count];
+    if (index == loop->heap_count) return;
+    if (index > 0 && tcpsrv__heap_before(&last, &loop->heap[(index - 1) / 2]))
+        tcpsrv__heap_up(loop, index, last);
+    else
+        tcpsrv__heap_down(loop, index, last);
+}
+
+/* Memory for one more timer, so that arming a reserved one cannot fail. */
+static int tcpsrv__timer_reserve(tcpsrv_loop *loop, size_t more) {
+    size_t capacity = loop->heap_capacity ? loop->heap_capacity : 32;
+    tcpsrv__heap_entry *heap;
+    if (loop->heap_count + more <= loop->heap_capacity) return 0;
+    while (capacity < loop->heap_count + more) capacity *= 2;
+    heap = (tcpsrv__heap_entry *)TCPSERVER_REALLOC(loop->heap, capacity * sizeof *heap);
+    if (!heap) return -ENOMEM;
+    loop->heap = heap;
+    loop->heap_capacity = capacity;
+    return 0;
+}
+
+static int tcpsrv__timer_arm(tcpsrv_loop *loop, tcpsrv__timer *timer, uint64_t due) {
+    tcpsrv__heap_entry entry;
+    tcpsrv__timer_cancel(loop, timer);
+    if (tcpsrv__timer_reserve(loop, 1) != 0) return -ENOMEM;
+    timer->due = due;
+    entry.due = due;
+    entry.sequence = loop->timer_sequence++;
+    entry.timer = timer;
+    tcpsrv__heap_up(loop, loop->heap_count++, entry);
+    return 0;
+}
+
+/* Timers that timers arm are due no earlier than all that were due before, and come after them. */
+static void tcpsrv__run_timers(tcpsrv_loop *loop) {
+    uint64_t limit = loop->timer_sequence;
+    while (loop->heap_count && loop->heap[0].due <= loop->now && loop->heap[0].sequence < limit) {
+        tcpsrv__timer *timer = loop->heap[0].timer;
+        tcpsrv__timer_cancel(loop, timer);
+        timer->fire(loop, timer);
+        tcpsrv__flush_all(loop);
+    }
+}
+
+static uint64_t tcpsrv__ms_to_ns(int64_t ms) {
+    if (ms <= 0) return 0;
+    return ms > INT64_MAX / 2000000 ? (uint64_t)INT64_MAX / 2 : (uint64_t)ms * 1000000u;
+}
+
+/* ---- posted calls and signals ---------------------------------------------------------------- */
+
+static void tcpsrv__run_posted(tcpsrv_loop *loop) {
+    tcpsrv__posted *first;
+    pthread_mutex_lock(&loop->post_lock);
+    first = loop->posted_first;
+    loop->posted_first = loop->posted_last = NULL;
+    loop->post_waking = 0;
+    pthread_mutex_unlock(&loop->post_lock);
+    while (first) {
+        tcpsrv__posted *posted = first;
+        first = posted->next;
+        posted->fn(posted->arg);
+        tcpsrv__free(posted);
+        tcpsrv__flush_all(loop);
+    }
+}
+
+/* The mark is taken before the calls, so that a signal during them is told again. Any call may
+   cancel any other: those that ended stay in the list until the turn's end. */
+static void tcpsrv__run_signals(tcpsrv_loop *loop) {
+    unsigned char taken[TCPSRV__NSIG];
+    tcpsrv__signal_call *call;
+    memset(taken, 0, sizeof taken);
+    for (call = loop->signals; call; call = call->next)
+        if (tcpsrv__signal_take(call->signo)) taken[call->signo] = 1;
+    for (call = loop->signals; call; call = call->next) {
+        if (!taken[call->signo] || call->source.is_gone) continue;
+        call->fn(call->signo, call->arg);
+        tcpsrv__flush_all(loop);
+    }
+}
+
+static void tcpsrv__signal_forget(int signo) {
+    pthread_mutex_lock(&tcpsrv__signal_lock);
+    tcpsrv__sys_restore_signal(signo);
+    tcpsrv__signal_loop[signo] = NULL;
+    pthread_mutex_unlock(&tcpsrv__signal_lock);
+}
+
+static void tcpsrv__signal_cancel(tcpsrv__source *source) {
+    tcpsrv__signal_call *own = TCPSRV__CONTAINER(tcpsrv__signal_call, source, source);
+    tcpsrv__signal_call *call;
+    tcpsrv__source_end(source);
+    for (call = source->loop->signals; call; call = call->next)
+        if (call->signo == own->signo && !call->source.is_gone) return;
+    tcpsrv__signal_forget(own->signo);
+}
+
+static void tcpsrv__signal_destroy(tcpsrv__source *source) {
+    tcpsrv__signal_call *own = TCPSRV__CONTAINER(tcpsrv__signal_call, source, source);
+    tcpsrv__signal_call **at = &source->loop->signals;
+    while (*at != own) at = &(*at)->next;
+    *at = own->next;
+    tcpsrv__free(own);
+}
+
+static const tcpsrv__class tcpsrv__signal_class = {
+    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_cancel, tcpsrv__signal_destroy
+};
+
+static int tcpsrv__signal_claim(tcpsrv_loop *loop, int signo) {
+    int err = 0;
+    pthread_mutex_lock(&tcpsrv__signal_lock);
+    if (tcpsrv__signal_loop[signo] && tcpsrv__signal_loop[signo] != loop) err = TCPSRV_EBUSY;
+    if (!err && !tcpsrv__signal_loop[signo])
+        err = tcpsrv__sys_catch_signal(signo, loop->waker.write_fd);
+    if (!err) tcpsrv__signal_loop[signo] = loop;
+    pthread_mutex_unlock(&tcpsrv__signal_lock);
+    return err;
+}
+
+TCPSRV_IMPL int64_t tcpsrv_on_signal(tcpsrv_loop *loop, int signo, tcpsrv_signal_fn *fn,
+                                     void *arg) {
+    tcpsrv__signal_call *call;
+    int err;
+    if (signo <= 0 || signo >= TCPSRV__NSIG) return tcpsrv__fail(-EINVAL, "on_signal", NULL);
+    call = (tcpsrv__signal_call *)tcpsrv__alloc(sizeof *call);
+    if (!call) return tcpsrv__fail(-ENOMEM, "on_signal", NULL);
+    err = tcpsrv__source_init(&call->source, &tcpsrv__signal_class, loop, -1);
+    if (err) {
+        tcpsrv__free(call);
+        return tcpsrv__fail(err, "on_signal", NULL);
+    }
+    call->signo = signo;
+    call->fn = fn;
+    call->arg = arg;
+    call->next = loop->signals;
+    loop->signals = call;
+    err = tcpsrv__signal_claim(loop, signo);
+    if (!err) return call->source.id;
+    tcpsrv__source_end(&call->source);
+    return tcpsrv__fail(err, "on_signal", NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_post(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    tcpsrv__posted *posted = (tcpsrv__posted *)tcpsrv__alloc(sizeof *posted);
+    int wake;
+    if (!posted) return tcpsrv__fail(-ENOMEM, "post", NULL);
+    posted->fn = fn;
+    posted->arg = arg;
+    pthread_mutex_lock(&loop->post_lock);
+    if (loop->posted_last) loop->posted_last->next = posted;
+    else loop->posted_first = posted;
+    loop->posted_last = posted;
+    wake = !loop->post_waking;
+    loop->post_waking = 1;
+    /* Under the lock, so that the loop cannot be freed between by a call that was posted. */
+    if (wake) tcpsrv__waker_wake(loop->waker.write_fd);
+    pthread_mutex_unlock(&loop->post_lock);
+    return 0;
+}
+
+/* ---- the user's timers and watches ----------------------------------------------------------- */
+
+typedef struct tcpsrv__call {
+    tcpsrv__source source;
+    tcpsrv__timer timer;
+    tcpsrv_fn *fn;
+    void *arg;
+    uint64_t period;            /* ns; 0: once */
+} tcpsrv__call;
+
+static void tcpsrv__call_cancel(tcpsrv__source *source) {
+    tcpsrv__call *call = TCPSRV__CONTAINER(tcpsrv__call, source, source);
+    tcpsrv__timer_cancel(source->loop, &call->timer);
+    tcpsrv__source_end(source);
+}
+
+static void tcpsrv__call_destroy(tcpsrv__source *source) {
+    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__call, source, source));
+}
+
+static const tcpsrv__class tcpsrv__call_class = {
+    NULL, NULL, NULL, tcpsrv__call_cancel, tcpsrv__call_cancel, tcpsrv__call_destroy
+};
+
+/* The first point of the grid that has not passed. */
+static uint64_t tcpsrv__call_next(const tcpsrv__call *call, uint64_t due, uint64_t now) {
+    return now < due ? due : due + ((now - due) / call->period + 1) * call->period;
+}
+
+/* A periodic call is armed before it runs, in the room that it had in the heap, and again after it
+   for what it missed by its own length. */
+static void tcpsrv__call_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv__call *call = TCPSRV__CONTAINER(tcpsrv__call, timer, timer);
+    uint64_t next;
+    if (!call->period) {
+        tcpsrv__source_end(&call->source);
+        call->fn(call->arg);
+        return;
+    }
+    tcpsrv__timer_arm(loop, timer, tcpsrv__call_next(call, timer->due, loop->now));
+    call->fn(call->arg);
+    if (call->source.is_gone) return;
+    next = tcpsrv__call_next(call, timer->due, tcpsrv__clock_ns());
+    if (next != timer->due) tcpsrv__timer_arm(loop, timer, next);
+}
+
+static int64_t tcpsrv__call_new(tcpsrv_loop *loop, uint64_t delay, uint64_t period,
+                                tcpsrv_fn *fn, void *arg) {
+    tcpsrv__call *call = (tcpsrv__call *)tcpsrv__alloc(sizeof *call);
+    int err;
+    if (!call) return tcpsrv__fail(-ENOMEM, "timer", NULL);
+    call->fn = fn;
+    call->arg = arg;
+    call->period = period;
+    call->timer.fire = tcpsrv__call_fire;
+    err = tcpsrv__timer_reserve(loop, 1);
+    if (!err) err = tcpsrv__source_init(&call->source, &tcpsrv__call_class, loop, -1);
+    if (err) {
+        tcpsrv__free(call);
+        return tcpsrv__fail(err, "timer", NULL);
+    }
+    tcpsrv__timer_arm(loop, &call->timer, tcpsrv__clock_ns() + delay);
+    return call->source.id;
+}
+
+/* A delay counts from the call, not from the beginning of its turn. */
+TCPSRV_IMPL int64_t tcpsrv_call_soon(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    return tcpsrv__call_new(loop, 0, 0, fn, arg);
+}
+
+TCPSRV_IMPL int64_t tcpsrv_call_later(tcpsrv_loop *loop, int64_t delay_ms, tcpsrv_fn *fn,
+                                      void *arg) {
+    return tcpsrv__call_new(loop, tcpsrv__ms_to_ns(delay_ms), 0, fn, arg);
+}
+
+TCPSRV_IMPL int64_t tcpsrv_call_every(tcpsrv_loop *loop, int64_t period_ms, tcpsrv_fn *fn,
+                                      void *arg) {
+    uint64_t period = tcpsrv__ms_to_ns(period_ms);
+    if (period_ms <= 0) return tcpsrv__fail(-EINVAL, "call_every", NULL);
+    return tcpsrv__call_new(loop, period, period, fn, arg);
+}
+
+/* Outside a turn the turn's time may be old. */
+static void tcpsrv__refresh_now(tcpsrv_loop *loop) {
+    if (tcpsrv__thread()->turning != loop) loop->now = tcpsrv__clock_ns();
+}
+
+typedef struct tcpsrv__watch {
+    tcpsrv__source source;
+    tcpsrv_watch_fn *fn;
+    void *arg;
+    int events;
+} tcpsrv__watch;
+
+static void tcpsrv__watch_event(tcpsrv__source *source, int events) {
+    tcpsrv__watch *watch = TCPSRV__CONTAINER(tcpsrv__watch, source, source);
+    int told = events & watch->events & (TCPSRV_READ | TCPSRV_WRITE);
+    if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) told |= TCPSRV_HANGUP;
+    if (told) watch->fn(source->fd, told, watch->arg);
+}
+
+static void tcpsrv__watch_cancel(tcpsrv__source *source) {
+    tcpsrv__poller_remove(&source->loop->poller, source->fd);
+    tcpsrv__source_end(source);
+}
+
+static void tcpsrv__watch_destroy(tcpsrv__source *source) {
+    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__watch, source, source));
+}
+
+static const tcpsrv__class tcpsrv__watch_class = {
+    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, tcpsrv__watch_cancel,
+    tcpsrv__watch_destroy
+};
+
+TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
+                                    void *arg) {
+    tcpsrv__watch *watch = (tcpsrv__watch *)tcpsrv__alloc(sizeof *watch);
+    int err = watch ? 0 : -ENOMEM;
+    if (!err) err = tcpsrv__source_init(&watch->source, &tcpsrv__watch_class, loop, fd);
+    if (err) {
+        tcpsrv__free(watch);
+        return tcpsrv__fail(err, "watch_fd", NULL);
+    }
+    watch->fn = fn;
+    watch->arg = arg;
+    watch->events = events;
+    err = tcpsrv__poller_add_watch(&loop->poller, fd, watch->source.id, events);
+    if (!err) return watch->source.id;
+    tcpsrv__source_end(&watch->source);
+    return tcpsrv__fail(err, "watch_fd", NULL);
+}
+
+TCPSRV_IMPL void tcpsrv_cancel(tcpsrv_loop *loop, int64_t id) {
+    tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
+    if (source && source->type->cancel) source->type->cancel(source);
+}
+
+/* ---- turns ----------------------------------------------------------------------------------- */
+
+/* Key as the poller keeps it: on kqueue it may be cut to a pointer's size. */
+static tcpsrv__source *tcpsrv__source_told(const tcpsrv_loop *loop, int64_t key) {
+    uint32_t number = (uint32_t)((uint64_t)key & 0xffffffffu);
+    tcpsrv__source *source;
+    if (number >= loop->slot_count) return NULL;
+    source = loop->slots[number].source;
+    return source && (uintptr_t)source->id == (uintptr_t)key ? source : NULL;
+}
+
+static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
+    tcpsrv__source *source;
+    int64_t id;
+    int i, events;
+    for (i = 0; i < count; i++) {
+        events = tcpsrv__poller_event(&loop->poller, i, &id);
+        if (id == 0) {
+            tcpsrv__waker_drain(&loop->waker);
+            tcpsrv__run_signals(loop);
+            tcpsrv__run_posted(loop);
+            continue;
+        }
+        source = tcpsrv__source_told(loop, id);
+        if (!source) continue;
+        source->type->event(source, events);
+        tcpsrv__flush_all(loop);
+    }
+}
+
+/* Milliseconds, rounded up, so that a timer is due when the poller returns. */
+static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
+    uint64_t left, now;
+    if (loop->ready_first || loop->flush_first || loop->gone) return 0;
+    if (!loop->heap_count) return timeout_ms;
+    now = tcpsrv__clock_ns(); /* not the turn's: what ran in it took time */
+    if (loop->heap[0].due <= now) return 0;
+    left = (loop->heap[0].due - now + 999999u) / 1000000u;
+    if (timeout_ms >= 0 && (uint64_t)timeout_ms < left) return timeout_ms;
+    return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+static int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    int n;
+    thread->turning = loop;
+    tcpsrv__flush_all(loop);
+    n = tcpsrv__poller_wait(&loop->poller, tcpsrv__loop_wait_ms(loop, timeout_ms));
+    loop->now = tcpsrv__clock_ns();
+    loop->turn++;
+    if (n > 0) tcpsrv__run_events(loop, n);
+    tcpsrv__run_timers(loop);
+    tcpsrv__run_ready(loop);
+    tcpsrv__destroy_gone(loop);
+    tcpsrv__slots_recycle(loop);
+    thread->turning = NULL;
+    return n < 0 ? n : 0;
+}
+
+/* One loop at a time turns in a thread, and never in another process than its own. */
+static int tcpsrv__loop_may_turn(const tcpsrv_loop *loop) {
+    return tcpsrv__thread()->turning || loop->running || loop->pid != tcpsrv__sys_pid()
+               ? TCPSRV_EBUSY : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_loop_run(tcpsrv_loop *loop) {
+    int err = tcpsrv__loop_may_turn(loop);
+    if (err) return tcpsrv__fail(err, "loop_run", NULL);
+    loop->running = 1;
+    loop->now = tcpsrv__clock_ns();
+    while (!err && !loop->stopping) err = tcpsrv__loop_turn(loop, -1);
+    loop->running = loop->stopping = 0;
+    return err ? tcpsrv__fail(err, "loop_run", NULL) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_loop_poll(tcpsrv_loop *loop, int timeout_ms) {
+    int err = tcpsrv__loop_may_turn(loop);
+    if (err) return tcpsrv__fail(err, "loop_poll", NULL);
+    loop->running = 1;
+    loop->now = tcpsrv__clock_ns();
+    err = tcpsrv__loop_turn(loop, timeout_ms);
+    loop->running = 0;
+    return err ? tcpsrv__fail(err, "loop_poll", NULL) : 0;
+}
+
+TCPSRV_IMPL void tcpsrv_loop_stop(tcpsrv_loop *loop) {
+    loop->stopping = 1;
+}
+
+TCPSRV_IMPL int tcpsrv_loop_fd(const tcpsrv_loop *loop) {
+    return tcpsrv__poller_fd(&loop->poller);
+}
+
+TCPSRV_IMPL int tcpsrv_loop_timeout(const tcpsrv_loop *loop) {
+    return tcpsrv__loop_wait_ms(loop, -1);
+}
+
+TCPSRV_IMPL uint64_t tcpsrv_loop_now(const tcpsrv_loop *loop) {
+    return loop->now;
+}
+
+TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_new(void) {
+    tcpsrv_loop *loop = (tcpsrv_loop *)tcpsrv__alloc(sizeof *loop);
+    int err = -ENOMEM;
+    if (!loop) goto fail;
+    err = tcpsrv__waker_open(&loop->waker);
+    if (err) goto fail;
+    err = tcpsrv__poller_open(&loop->poller, loop->waker.read_fd);
+    if (err) goto fail_waker;
+    err = -pthread_mutex_init(&loop->post_lock, NULL);
+    if (err) goto fail_poller;
+    loop->pid = tcpsrv__sys_pid();
+    loop->now = tcpsrv__clock_ns();
+    return loop;
+fail_poller:
+    tcpsrv__poller_close(&loop->poller);
+fail_waker:
+    tcpsrv__waker_close(&loop->waker);
+fail:
+    tcpsrv__free(loop);
+    tcpsrv__fail(err, "loop_new", NULL);
+    return NULL;
+}
+
+TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_default(void) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    if (!thread->default_loop) thread->default_loop = tcpsrv_loop_new();
+    return thread->default_loop;
+}
+
+/* What calls without a loop mean: the one that turns, or the thread's own. */
+static tcpsrv_loop *tcpsrv__loop_here(void) {
+    tcpsrv_loop *turning = tcpsrv__thread()->turning;
+    return turning ? turning : tcpsrv_loop_default();
+}
+
+/* ==== >>coroutine ============================================================================= */
+
+/* Owns stacks and what runs on them. A coroutine runs until it waits: the loop resumes it and gets
+   control back, so that coroutines never run inside each other. Its control block, and whatever
+   its maker wants beside it (a server: the stream), lie at the top of its stack: an idle one has
+   one page.
+
+   Waiting is one mechanism: a tcpsrv__waiter lives on the waiting stack, its done is set from the
+   loop, and then whoever waits goes on: a coroutine by the ready list, a call from outside by the
+   turns that it makes meanwhile. */
+
+typedef struct tcpsrv__waiter tcpsrv__waiter;
+struct tcpsrv__waiter {
+    tcpsrv__co *co;             /* NULL: outside a coroutine */
+    void (*cancel)(tcpsrv__waiter *waiter); /* take it from where it waits: the loop ends */
+    int done;
+    int result;
+};
+
+enum {
+    TCPSRV__ENDING_CALLS = 1000, /* that a coroutine may make while its loop is being freed */
+    TCPSRV__MAX_ENDED = 65536,   /* results kept for a join */
+    TCPSRV__SLAB_STACKS = 64,
+    TCPSRV__WARM_STACKS = 32,    /* idle ones whose pages are not given back */
+    TCPSRV__MIN_STACK = 16384
+};
+
+#if TCPSRV__ASAN
+enum { TCPSRV__STACK_SIZE = 262144 };
+#else
+enum { TCPSRV__STACK_SIZE = 65536 };
+#endif
+
+#if TCPSRV__CORO
+
+typedef struct tcpsrv__slab {
+    struct tcpsrv__slab *next, *previous;
+    char *memory;
+    size_t stack_size;          /* without the guard below it */
+    int count, idle_count;
+    unsigned char idle[TCPSRV__SLAB_STACKS];
+    unsigned valgrind_id[TCPSRV__SLAB_STACKS];
+} tcpsrv__slab;
+
+struct tcpsrv__stack_pool {
+    tcpsrv__context main;       /* the loop's own */
+    tcpsrv_fn *errand;          /* what a coroutine wants done on the loop's stack */
+    void *errand_arg;
+    tcpsrv__slab *with_idle, *full;
+    size_t idle_count, page;
+    const void *main_bottom;    /* for ASan */
+    size_t main_size;
+    void *main_fake, *main_fiber;
+};
+
+struct tcpsrv__co {
+    tcpsrv__source source;
+    tcpsrv__context context;
+    int (*fn)(void *arg);
+    void *arg;
+    void (*on_end)(tcpsrv__co *co); /* instead of keeping the result for a join */
+    tcpsrv__waiter *waiter;     /* what it waits for */
+    tcpsrv__waiter *joiner;
+    tcpsrv__slab *slab;
+    char *stack;
+    void *fake, *fiber;         /* for ASan and TSan */
+    int result, refs;
+    unsigned short ending_calls;
+    unsigned char ended, parked, token;
+};
+
+/* ---- stacks ---------------------------------------------------------------------------------- */
+
+static void tcpsrv__slab_unlink(tcpsrv__slab **list, tcpsrv__slab *slab) {
+    if (slab->previous) slab->previous->next = slab->next;
+    else *list = slab->next;
+    if (slab->next) slab->next->previous = slab->previous;
+}
+
+static void tcpsrv__slab_link(tcpsrv__slab **list, tcpsrv__slab *slab) {
+    slab->previous = NULL;
+    slab->next = *list;
+    if (*list) (*list)->previous = slab;
+    *list = slab;
+}
+
+static size_t tcpsrv__slab_stride(const tcpsrv__stack_pool *pool, const tcpsrv__slab *slab) {
+    return slab->stack_size + pool->page;
+}
+
+static void tcpsrv__slab_free(tcpsrv__stack_pool *pool, tcpsrv__slab *slab) {
+    int i;
+    size_t size = tcpsrv__slab_stride(pool, slab) * (size_t)slab->count;
+    for (i = 0; i < slab->count; i++) TCPSRV__VALGRIND_END(slab->valgrind_id[i]);
+    TCPSRV__ASAN_FRESH(slab->memory, size);
+    tcpsrv__sys_unmap(slab->memory, size);
+    tcpsrv__free(slab);
+}
+
+/* Guards are the lowest page of each stack. With mprotect they cost mappings, whose number Linux
+   limits: the error then names the limit. */
+static int tcpsrv__slab_guard(tcpsrv__stack_pool *pool, tcpsrv__slab *slab) {
+    int i, err;
+    for (i = 0; i < slab->count; i++) {
+        char *guard = slab->memory + (size_t)i * tcpsrv__slab_stride(pool, slab);
+        err = tcpsrv__sys_guard(guard, pool->page);
+        if (err) return err;
+        slab->idle[i] = (unsigned char)i;
+        slab->valgrind_id[i] = TCPSRV__VALGRIND_ADD(guard + pool->page,
+                                                    guard + pool->page + slab->stack_size);
+    }
+    slab->idle_count = slab->count;
+    return 0;
+}
+
+static tcpsrv__slab *tcpsrv__slab_new(tcpsrv__stack_pool *pool, size_t stack_size) {
+    tcpsrv__slab *slab = (tcpsrv__slab *)tcpsrv__alloc(sizeof *slab);
+    size_t stride = stack_size + pool->page, count = ((size_t)8 << 20) / stride;
+    if (!slab) return NULL;
+    slab->stack_size = stack_size;
+    slab->count = count > TCPSRV__SLAB_STACKS ? TCPSRV__SLAB_STACKS : count ? (int)count : 1;
+    slab->memory = tcpsrv__sys_map_stacks(stride * (size_t)slab->count);
+    if (!slab->memory) {
+        tcpsrv__free(slab);
+        return NULL;
+    }
+    if (tcpsrv__slab_guard(pool, slab) != 0) {
+        tcpsrv__slab_free(pool, slab);
+        return NULL;
+    }
+    tcpsrv__slab_link(&pool->with_idle, slab);
+    pool->idle_count += (size_t)slab->count;
+    return slab;
+}
+
+static int tcpsrv__stack_pool_make(tcpsrv_loop *loop) {
+    if (loop->stacks) return 0;
+    loop->stacks = (tcpsrv__stack_pool *)tcpsrv__alloc(sizeof *loop->stacks);
+    if (!loop->stacks) return -ENOMEM;
+    loop->stacks->page = tcpsrv__page_size();
+    return 0;
+}
+
+static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
+    tcpsrv__stack_pool *pool = loop->stacks;
+    tcpsrv__slab *slab;
+    while (pool && (slab = pool->with_idle ? pool->with_idle : pool->full) != NULL) {
+        tcpsrv__slab_unlink(pool->with_idle ? &pool->with_idle : &pool->full, slab);
+        tcpsrv__slab_free(pool, slab);
+    }
+    tcpsrv__free(pool);
+    loop->stacks = NULL;
+}
+
+static char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t size, tcpsrv__slab **from) {
+    tcpsrv__slab *slab = pool->with_idle;
+    unsigned char number;
+    while (slab && slab->stack_size != size) slab = slab->next;
+    if (!slab) slab = tcpsrv__slab_new(pool, size);
+    if (!slab) return NULL;
+    number = slab->idle[--slab->idle_count];
+    pool->idle_count--;
+    if (slab->idle_count == 0) {
+        tcpsrv__slab_unlink(&pool->with_idle, slab);
+        tcpsrv__slab_link(&pool->full, slab);
+    }
+    *from = slab;
+    return slab->memory + number * tcpsrv__slab_stride(pool, slab) + pool->page;
+}
+
+/* Its lowest pages go back to the system once there are enough warm ones; a slab without any stack
+   in use goes as a whole while others have enough. */
+static void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__slab *slab, char *stack) {
+    size_t number = (size_t)(stack - slab->memory) / tcpsrv__slab_stride(pool, slab);
+    if (slab->idle_count == 0) {
+        tcpsrv__slab_unlink(&pool->full, slab);
+        tcpsrv__slab_link(&pool->with_idle, slab);
+    }
+    slab->idle[slab->idle_count++] = (unsigned char)number;
+    pool->idle_count++;
+    if (pool->idle_count > TCPSRV__WARM_STACKS)
+        tcpsrv__sys_give_back(stack, slab->stack_size - pool->page);
+    if (slab->idle_count < slab->count ||
+        pool->idle_count < (size_t)slab->count + TCPSRV__WARM_STACKS)
+        return;
+    pool->idle_count -= (size_t)slab->count;
+    tcpsrv__slab_unlink(&pool->with_idle, slab);
+    tcpsrv__slab_free(pool, slab);
+}
+
+/* ---- switching ------------------------------------------------------------------------------- */
+
+/* From the running coroutine back to the loop, until it is resumed. */
+static void tcpsrv__co_leave(tcpsrv__co *co) {
+    tcpsrv__stack_pool *pool = co->source.loop->stacks;
+    TCPSRV__ASAN_LEAVE(co->ended ? NULL : &co->fake, pool->main_bottom, pool->main_size);
+    TCPSRV__TSAN_GO(pool->main_fiber);
+    tcpsrv__switch(&co->context, &pool->main);
+    TCPSRV__ASAN_ENTER(co->fake, &pool->main_bottom, &pool->main_size);
+}
+
+static void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context *to) {
+    tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, context, to);
+    (void)from;
+    TCPSRV__ASAN_ENTER(NULL, &co->source.loop->stacks->main_bottom,
+                       &co->source.loop->stacks->main_size);
+    co->result = co->fn(co->arg);
+    co->ended = 1;
+    tcpsrv__co_leave(co);
+    abort(); /* nobody resumes a coroutine that has ended */
+}
+
+/* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
+static void tcpsrv__co_switch(tcpsrv__co *co) {
+    tcpsrv__stack_pool *pool = co->source.loop->stacks;
+    pool->main_fiber = TCPSRV__TSAN_HERE();
+    for (;;) {
+        pool->errand = NULL;
+        TCPSRV__ASAN_LEAVE(&pool->main_fake, co->stack, co->slab->stack_size);
+        TCPSRV__TSAN_GO(co->fiber);
+        tcpsrv__switch(&pool->main, &co->context);
+        TCPSRV__ASAN_ENTER(pool->main_fake, NULL, NULL);
+        if (TCPSRV__LIKELY(!pool->errand)) return;
+        pool->errand(pool->errand_arg);
+    }
+}
+
+static void tcpsrv__co_unref(tcpsrv__co *co) {
+    tcpsrv__stack_pool *pool = co->source.loop->stacks;
+    tcpsrv__slab *slab;
+    char *stack;
+    if (--co->refs > 0) return;
+    TCPSRV__TSAN_END(co->fiber);
+    slab = co->slab;
+    stack = co->stack;
+    TCPSRV__ASAN_STALE(stack, slab->stack_size);
+    tcpsrv__stack_return(pool, slab, stack);
+}
+
+static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result);
+
+/* The result stays in the slot, whose id lives on until somebody joins or too many have ended. */
+static void tcpsrv__co_keep_result(tcpsrv__co *co) {
+    tcpsrv_loop *loop = co->source.loop;
+    tcpsrv__slot *slot = tcpsrv__slot_of(loop, co->source.id);
+    size_t capacity = loop->ended_capacity ? loop->ended_capacity * 2 : 64, i;
+    int64_t *ring;
+    if (loop->ended_count == loop->ended_capacity && capacity <= TCPSRV__MAX_ENDED) {
+        ring = (int64_t *)tcpsrv__alloc(capacity * sizeof *ring);
+        for (i = 0; ring && i < loop->ended_count; i++)
+            ring[i] = loop->ended[(loop->ended_first + i) % loop->ended_capacity];
+        if (ring) {
+            tcpsrv__free(loop->ended);
+            loop->ended = ring;
+            loop->ended_capacity = capacity;
+            loop->ended_first = 0;
+        }
+    }
+    if (!loop->ended_capacity) return; /* no memory: nobody can join it */
+    if (loop->ended_count == loop->ended_capacity) {
+        tcpsrv__slot_release(loop, loop->ended[loop->ended_first]);
+        loop->ended_first = (loop->ended_first + 1) % loop->ended_capacity;
+        loop->ended_count--;
+    }
+    loop->ended[(loop->ended_first + loop->ended_count++) % loop->ended_capacity] = co->source.id;
+    slot->source = NULL;
+    slot->next = (uint32_t)co->result;
+    co->source.id = 0;
+}
+
+static void tcpsrv__co_end(tcpsrv__co *co) {
+    if (co->on_end) co->on_end(co);
+    else if (co->joiner) tcpsrv__waiter_done(co->joiner, co->result);
+    else if (!co->source.loop->ending) tcpsrv__co_keep_result(co);
+    tcpsrv__source_end(&co->source);
+}
+
+static void tcpsrv__co_resume(tcpsrv__co *co) {
+    tcpsrv_loop *loop = co->source.loop;
+    loop->current = co;
+    tcpsrv__co_switch(co);
+    loop->current = NULL;
+    if (co->ended) tcpsrv__co_end(co);
+}
+
+static void tcpsrv__co_run(tcpsrv__source *source) {
+    tcpsrv__co_resume(TCPSRV__CONTAINER(tcpsrv__co, source, source));
+}
+
+static void tcpsrv__co_destroy(tcpsrv__source *source) {
+    tcpsrv__co_unref(TCPSRV__CONTAINER(tcpsrv__co, source, source));
+}
+
+/* The loop is being freed: it unwinds, each further wait refused; one that does not want to end is
+   left where it is. */
+static void tcpsrv__co_drop(tcpsrv__source *source) {
+    tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
+    if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
+    tcpsrv__co_resume(co);
+    if (co->ended) return;
+    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine goes on waiting in a loop that was freed: "
+                                          "abandoned, with all that it holds");
+    co->result = TCPSRV_ECANCELED;
+    tcpsrv__co_end(co);
+}
+
+static const tcpsrv__class tcpsrv__co_class = {
+    NULL, tcpsrv__co_run, NULL, NULL, tcpsrv__co_drop, tcpsrv__co_destroy
+};
+
+static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__co_class;
+
+static size_t tcpsrv__stack_round(size_t size) {
+    size_t page = tcpsrv__page_size();
+    if (size == 0) size = TCPSRV__STACK_SIZE;
+    if (size < TCPSRV__MIN_STACK) size = TCPSRV__MIN_STACK;
+    return (size + page - 1) / page * page;
+}
+
+/* With beside bytes at the very top of its stack, zeroed, which hold a reference of their own. Not
+   started. */
+static tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
+                                  void **memory) {
+    size_t size = tcpsrv__stack_round(stack_size), room = (beside + 63) / 64 * 64;
+    tcpsrv__slab *slab;
+    tcpsrv__co *co;
+    char *stack, *top;
+    if (tcpsrv__stack_pool_make(loop) != 0) return NULL;
+    stack = tcpsrv__stack_take(loop->stacks, size, &slab);
+    if (!stack) return NULL;
+    TCPSRV__ASAN_FRESH(stack, size);
+    top = stack + size - room;
+    if (memory) *memory = memset(top, 0, room);
+    top -= (sizeof *co + 63) / 64 * 64;
+    co = (tcpsrv__co *)(void *)top;
+    memset(co, 0, sizeof *co);
+    co->slab = slab;
+    co->stack = stack;
+    if (tcpsrv__source_init(&co->source, &tcpsrv__co_class, loop, -1) != 0) {
+        tcpsrv__stack_return(loop->stacks, slab, stack);
+        return NULL;
+    }
+    co->refs = memory ? 2 : 1;
+    co->fiber = TCPSRV__TSAN_NEW();
+    tcpsrv__context_make(&co->context, top, tcpsrv__co_main);
+    return co;
+}
+
+/* fn(arg) on the loop's own stack: for all that needs more stack than a coroutine may have. */
+static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    if (!loop->current) {
+        fn(arg);
+        return;
+    }
+    loop->stacks->errand = fn;
+    loop->stacks->errand_arg = arg;
+    tcpsrv__co_leave(loop->current);
+}
+
+/* ---- waiting --------------------------------------------------------------------------------- */
+
+static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
+    waiter->done = 1;
+    waiter->result = result;
+    if (waiter->co) tcpsrv__make_ready(&waiter->co->source);
+}
+
+/* As done, but the coroutine runs now: only from the loop, as the last thing that is done there. */
+static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
+    waiter->done = 1;
+    waiter->result = result;
+    if (waiter->co) tcpsrv__co_resume(waiter->co);
+}
+
+/* Whether a call may wait here: 0 or the code to return. */
+static int tcpsrv__may_wait(tcpsrv_loop *loop) {
+    tcpsrv__co *co = loop->current;
+    if (co && loop->ending) {
+        if (++co->ending_calls > TCPSRV__ENDING_CALLS) tcpsrv__co_leave(co);
+        return TCPSRV_ECANCELED;
+    }
+    if (co) return 0;
+    return tcpsrv__loop_may_turn(loop) ? TCPSRV_ENOTCORO : 0;
+}
+
+/* Waits until the waiter is done. Outside a coroutine a stop or a failing poller cancels it. */
+static int tcpsrv__wait(tcpsrv_loop *loop, tcpsrv__waiter *waiter) {
+    tcpsrv__co *co = loop->current;
+    int err = 0;
+    waiter->co = co;
+    if (co) {
+        co->waiter = waiter;
+        while (!waiter->done) tcpsrv__co_leave(co);
+        co->waiter = NULL;
+        return waiter->result;
+    }
+    loop->running = 1;
+    while (!waiter->done && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
+    loop->running = loop->stopping = 0;
+    if (!waiter->done) waiter->cancel(waiter);
+    return waiter->result;
+}
+
+TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *arg,
+                                 size_t stack_size) {
+    tcpsrv__co *co;
+    if (loop->ending) return tcpsrv__fail(TCPSRV_ECANCELED, "spawn", NULL);
+    co = tcpsrv__co_new(loop, stack_size, 0, NULL);
+    if (!co) return tcpsrv__fail(-ENOMEM, "spawn", "no memory or mappings for a stack "
+                                                   "(vm.max_map_count)");
+    co->fn = fn;
+    co->arg = arg;
+    tcpsrv__make_ready(&co->source);
+    return co->source.id;
+}
+
+static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
+    waiter->done = 1;
+    waiter->result = TCPSRV_ECANCELED;
+}
+
+typedef struct tcpsrv__join_wait {
+    tcpsrv__waiter waiter;
+    tcpsrv__co *awaited;
+} tcpsrv__join_wait;
+
+static void tcpsrv__join_cancel(tcpsrv__waiter *waiter) {
+    TCPSRV__CONTAINER(tcpsrv__join_wait, waiter, waiter)->awaited->joiner = NULL;
+    tcpsrv__cancel_plain(waiter);
+}
+
+/* A coroutine that has ended without a joiner left its result in its slot. */
+static int tcpsrv__join_ended(tcpsrv_loop *loop, int64_t id, tcpsrv__slot *slot) {
+    int result = (int)slot->next;
+    tcpsrv__slot_release(loop, id);
+    return result;
+}
+
+static int tcpsrv__join_running(tcpsrv_loop *loop, tcpsrv__co *co) {
+    tcpsrv__join_wait wait;
+    int err = tcpsrv__may_wait(loop);
+    if (!err && co == loop->current) err = -EDEADLK;
+    if (!err && (co->joiner || co->on_end)) err = TCPSRV_EBUSY;
+    if (err) return tcpsrv__fail(err, "join", NULL);
+    memset(&wait, 0, sizeof wait);
+    wait.waiter.cancel = tcpsrv__join_cancel;
+    wait.awaited = co;
+    co->joiner = &wait.waiter;
+    return tcpsrv__wait(loop, &wait.waiter);
+}
+
+TCPSRV_IMPL int tcpsrv_join(int64_t id) {
+    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv__slot *slot = loop ? tcpsrv__slot_of(loop, id) : NULL;
+    if (!slot) return tcpsrv__fail(-ESRCH, "join", NULL);
+    if (!slot->source) return tcpsrv__join_ended(loop, id, slot);
+    if (slot->source->type != &tcpsrv__co_class) return tcpsrv__fail(-ESRCH, "join", NULL);
+    return tcpsrv__join_running(loop, TCPSRV__CONTAINER(tcpsrv__co, source, slot->source));
+}
+
+TCPSRV_IMPL int64_t tcpsrv_self(void) {
+    tcpsrv_loop *loop = tcpsrv__thread()->turning;
+    return loop && loop->current ? loop->current->source.id : 0;
+}
+
+TCPSRV_IMPL void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
+    tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
+    tcpsrv__co *co;
+    if (!source || source->type != &tcpsrv__co_class) return;
+    co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
+    if (co->parked && !co->waiter->done) tcpsrv__waiter_done(co->waiter, 0);
+    else co->token = 1;
+}
+
+static void tcpsrv__co_yield(tcpsrv__co *co) {
+    tcpsrv__make_ready(&co->source);
+    tcpsrv__co_leave(co);
+}
+
+/* Whether a wake came before the park. */
+static int tcpsrv__co_take_token(tcpsrv__co *co) {
+    int token = co->token;
+    co->token = 0;
+    return token;
+}
+
+static void tcpsrv__co_set_parked(tcpsrv__co *co, int parked) {
+    co->parked = parked ? 1 : 0;
+}
+
+#else /* no coroutines: the waiting calls still run the loop from outside */
+
+struct tcpsrv__co {
+    int unused;
+};
+
+static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, NULL };
+static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__no_class;
+
+static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
+    (void)loop;
+}
+
+static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    (void)loop;
+    fn(arg);
+}
+
+static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
+    waiter->done = 1;
+    waiter->result = result;
+}
+
+static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
+    tcpsrv__waiter_done(waiter, result);
+}
+
+static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
+    tcpsrv__waiter_done(waiter, TCPSRV_ECANCELED);
+}
+
+static int tcpsrv__may_wait(tcpsrv_loop *loop) {
+    return tcpsrv__loop_may_turn(loop) ? TCPSRV_ENOTCORO : 0;
+}
+
+static int tcpsrv__wait(tcpsrv_loop *loop, tcpsrv__waiter *waiter) {
+    int err = 0;
+    loop->running = 1;
+    while (!waiter->done && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
+    loop->running = loop->stopping = 0;
+    if (!waiter->done) waiter->cancel(waiter);
+    return waiter->result;
+}
+
+TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *arg,
+                                 size_t stack_size) {
+    (void)loop, (void)fn, (void)arg, (void)stack_size;
+    return tcpsrv__fail(-ENOTSUP, "spawn", NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_join(int64_t id) {
+    (void)id;
+    return tcpsrv__fail(-ESRCH, "join", NULL);
+}
+
+TCPSRV_IMPL int64_t tcpsrv_self(void) {
+    return 0;
+}
+
+TCPSRV_IMPL void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
+    (void)loop, (void)id;
+}
+
+static void tcpsrv__co_yield(tcpsrv__co *co) {
+    (void)co;
+}
+
+static int tcpsrv__co_take_token(tcpsrv__co *co) {
+    (void)co;
+    return 0;
+}
+
+static void tcpsrv__co_set_parked(tcpsrv__co *co, int parked) {
+    (void)co, (void)parked;
+}
+
+#endif
+
+/* ---- waiting for time, descriptors and wakes ------------------------------------------------- */
+
+typedef struct tcpsrv__timed_wait {
+    tcpsrv__waiter waiter;
+    tcpsrv__timer timer;
+    int timeout_result;
+} tcpsrv__timed_wait;
+
+static void tcpsrv__timed_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv__timed_wait *wait = TCPSRV__CONTAINER(tcpsrv__timed_wait, timer, timer);
+    (void)loop;
+    if (!wait->waiter.done) tcpsrv__waiter_done(&wait->waiter, wait->timeout_result);
+}
+
+/* Waits until the waiter is done or the time has passed; -1: no limit. */
+static int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait *wait, int64_t timeout_ms) {
+    uint64_t due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
+    int result;
+    wait->timer.fire = tcpsrv__timed_fire;
+    if (timeout_ms >= 0 && tcpsrv__timer_arm(loop, &wait->timer, due) != 0) return -ENOMEM;
+    result = tcpsrv__wait(loop, &wait->waiter);
+    tcpsrv__timer_cancel(loop, &wait->timer);
+    return result;
+}
+
+TCPSRV_IMPL int tcpsrv_sleep(int64_t delay_ms) {
+    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv__timed_wait wait;
+    int err = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
+    if (!err) {
+        memset(&wait, 0, sizeof wait);
+        wait.waiter.cancel = tcpsrv__cancel_plain;
+        err = tcpsrv__wait_timed(loop, &wait, delay_ms < 0 ? 0 : delay_ms);
+    }
+    return err ? tcpsrv__fail(err, "sleep", NULL) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_yield(void) {
+    tcpsrv_loop *loop = tcpsrv__loop_here();
+    int err = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
+    if (err) return tcpsrv__fail(err, "yield", NULL);
+    if (!loop->current) return tcpsrv_loop_poll(loop, 0);
+    tcpsrv__co_yield(loop->current);
+    return loop->ending ? tcpsrv__fail(TCPSRV_ECANCELED, "yield", NULL) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_park(int64_t timeout_ms) {
+    tcpsrv_loop *loop = tcpsrv__thread()->turning;
+    tcpsrv__co *co = loop ? loop->current : NULL;
+    tcpsrv__timed_wait wait;
+    int err = co ? tcpsrv__may_wait(loop) : TCPSRV_ENOTCORO;
+    if (!err && !tcpsrv__co_take_token(co)) {
+        memset(&wait, 0, sizeof wait);
+        wait.waiter.cancel = tcpsrv__cancel_plain;
+        wait.timeout_result = TCPSRV_ETIMEDOUT;
+        tcpsrv__co_set_parked(co, 1);
+        err = tcpsrv__wait_timed(loop, &wait, timeout_ms);
+        tcpsrv__co_set_parked(co, 0);
+    }
+    return err ? tcpsrv__fail(err, "park", NULL) : 0;
+}
+
+static void tcpsrv__wait_fd_told(int fd, int events, void *arg) {
+    tcpsrv__waiter *waiter = (tcpsrv__waiter *)arg;
+    (void)fd;
+    if (!waiter->done) tcpsrv__waiter_done(waiter, events);
+}
+
+TCPSRV_IMPL int tcpsrv_wait_fd(int fd, int events, int64_t timeout_ms) {
+    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv__timed_wait wait;
+    int64_t watch;
+    int result = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
+    if (result) return tcpsrv__fail(result, "wait_fd", NULL);
+    memset(&wait, 0, sizeof wait);
+    wait.waiter.cancel = tcpsrv__cancel_plain;
+    wait.timeout_result = TCPSRV_ETIMEDOUT;
+    watch = tcpsrv_watch_fd(loop, fd, events, tcpsrv__wait_fd_told, &wait.waiter);
+    if (watch < 0) return (int)watch;
+    result = tcpsrv__wait_timed(loop, &wait, timeout_ms);
+    tcpsrv_cancel(loop, watch);
+    return result < 0 ? tcpsrv__fail(result, "wait_fd", NULL) : result;
+}
+
+/* ==== >>buffer ================================================================================ */
+
+/* Owns blocks of bytes, and queues of them; knows no descriptor. Blocks come in classes, each at
+   most four times the one below, so that a block fitted to its bytes is never more than four times
+   as large plus the smallest class. The loop keeps a few of each class warm. */
+
+struct tcpsrv__block {
+    tcpsrv__block *next;
+    char *data;                 /* behind this header; elsewhere where it is borrowed */
+    size_t capacity, begin, end;
+    void (*done)(tcpsrv__block *block, int result); /* instead of freeing it, once it is out */
+    int64_t offset;             /* of data in the file */
+    int file;                   /* -1: memory */
+    int pool;                   /* class; -1: none */
+    int awaited;                /* by a writer whose memory it is */
+};
+
+static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
+    512, 2048, 8192, 32768, 131072, 262144
+};
+static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 1 };
+
+enum {
+    TCPSRV__SEND_SIZE = 262144, /* the most that one call sends: a large write yields */
+    TCPSRV__SEND_PIECES = 32,
+    TCPSRV__GATHER_SIZE = 65536 /* queued output above which a write sends by itself */
+};
+
+static int tcpsrv__class_for(size_t size) {
+    int i = 0;
+    while (i < TCPSRV__CLASSES && tcpsrv__class_size[i] - sizeof(tcpsrv__block) < size) i++;
+    return i < TCPSRV__CLASSES ? i : -1;
+}
+
+/* A block for at least size bytes, empty; NULL: no memory. */
+static tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, size_t size) {
+    int pool = tcpsrv__class_for(size);
+    size_t total = pool >= 0 ? tcpsrv__class_size[pool] : tcpsrv__class_size[TCPSRV__CLASSES - 1];
+    tcpsrv__block *block = pool >= 0 ? loop->pool[pool] : NULL;
+    if (block) {
+        loop->pool[pool] = block->next;
+        loop->pool_count[pool]--;
+    } else {
+        if (size > SIZE_MAX / 4) return NULL;
+        while (total - sizeof *block < size) total *= 2;
+        block = (tcpsrv__block *)TCPSERVER_REALLOC(NULL, total);
+        if (!block) return NULL;
+        block->capacity = total - sizeof *block;
+        block->pool = pool;
+        block->file = -1;
+        block->done = NULL;
+        block->awaited = 0;
+        block->data = (char *)(block + 1);
+    }
+    block->next = NULL;
+    block->begin = block->end = 0;
+    return block;
+}
+
+static void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
+    int pool = block->pool;
+    if (pool < 0 || loop->pool_count[pool] >= tcpsrv__class_keep[pool]) {
+        tcpsrv__free(block);
+        return;
+    }
+    block->next = loop->pool[pool];
+    loop->pool[pool] = block;
+    loop->pool_count[pool]++;
+}
+
+static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
+    int i;
+    for (i = 0; i < TCPSRV__CLASSES; i++)
+        while (loop->pool[i]) {
+            tcpsrv__block *block = loop->pool[i];
+            loop->pool[i] = block->next;
+            tcpsrv__free(block);
+        }
+    tcpsrv__free(loop->scratch);
+}
+
+static size_t tcpsrv__block_size(const tcpsrv__block *block) {
+    return block->end - block->begin;
+}
+
+/* Whether a block holds more than four times what must be kept of it, and the smallest class. */
+static int tcpsrv__block_is_loose(const tcpsrv__block *block, size_t kept) {
+    return block->capacity + sizeof *block > 4 * kept + tcpsrv__class_size[0];
+}
+
+/* The bytes from *from on in a block of their own size; the old one stays where there is none. */
+static tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block, size_t from,
+                                        size_t size) {
+    size_t kept = block->end - from;
+    tcpsrv__block *fit = tcpsrv__block_take(loop, size > kept ? size : kept);
+    if (!fit) return NULL;
+    memcpy(fit->data, block->data + from, kept);
+    fit->begin = block->begin - from;
+    fit->end = kept;
+    tcpsrv__block_give(loop, block);
+    return fit;
+}
+
+/* ---- the output queue ------------------------------------------------------------------------ */
+
+/* A queue of blocks: owned ones, borrowed ones that lie with the waiting writer, pieces of files,
+   and empty ones that mark a place. size counts the bytes not yet sent. */
+typedef struct tcpsrv__queue {
+    tcpsrv__block *first, *last;
+    size_t size;
+} tcpsrv__queue;
+
+static void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
+    block->next = NULL;
+    if (queue->last) queue->last->next = block;
+    else queue->first = block;
+    queue->last = block;
+    queue->size += tcpsrv__block_size(block);
+}
+
+/* A copy of the bytes; all or nothing: one allocation at most. */
+static int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
+                                size_t size) {
+    tcpsrv__block *last = queue->last, *more;
+    size_t room = last && !last->done && last->file < 0 ? last->capacity - last->end : 0, want;
+    if (size > room) {
+        want = last ? last->capacity * 2 : tcpsrv__class_size[0] * 2;
+        if (want > TCPSRV__GATHER_SIZE / 4) want = TCPSRV__GATHER_SIZE / 4;
+        if (want < size - room) want = size - room;
+        more = tcpsrv__block_take(loop, want);
+        if (!more) return -ENOMEM;
+        memcpy(more->data, (const char *)data + room, size - room);
+        more->end = size - room;
+        tcpsrv__queue_push(queue, more);
+    } else {
+        room = size;
+    }
+    if (room) {
+        memcpy(last->data + last->end, data, room);
+        last->end += room;
+        queue->size += room;
+    }
+    return 0;
+}
+
+static void tcpsrv__queue_pop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
+    tcpsrv__block *block = queue->first;
+    queue->first = block->next;
+    if (!queue->first) queue->last = NULL;
+    queue->size -= tcpsrv__block_size(block);
+    if (block->done) block->done(block, result);
+    else tcpsrv__block_give(loop, block);
+}
+
+/* So many bytes are out: takes them off, and the marks behind them. */
+static void tcpsrv__queue_consume(tcpsrv_loop *loop, tcpsrv__queue *queue, size_t size) {
+    while (queue->first) {
+        tcpsrv__block *block = queue->first;
+        size_t left = tcpsrv__block_size(block), n = left < size ? left : size;
+        block->begin += n;
+        queue->size -= n;
+        size -= n;
+        if (n < left) return;
+        tcpsrv__queue_pop(loop, queue, 0);
+    }
+}
+
+static void tcpsrv__queue_drop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
+    while (queue->first) tcpsrv__queue_pop(loop, queue, result);
+}
+
+/* The pieces in memory up to the first of a file. */
+static int tcpsrv__queue_gather(const tcpsrv__queue *queue, struct iovec *pieces, size_t *total) {
+    const tcpsrv__block *block = queue->first;
+    int n = 0;
+    *total = 0;
+    for (; block && block->file < 0 && n < TCPSRV__SEND_PIECES && *total < TCPSRV__SEND_SIZE;
+         block = block->next) {
+        size_t size = tcpsrv__block_size(block);
+        if (!size) continue;
+        if (size > TCPSRV__SEND_SIZE - *total) size = TCPSRV__SEND_SIZE - *total;
+        pieces[n].iov_base = block->data + block->begin;
+        pieces[n++].iov_len = size;
+        *total += size;
+    }
+    return n;
+}
+
+/* Whether a writer still waits with bytes of its own. */
+static int tcpsrv__queue_has_borrowed(const tcpsrv__queue *queue) {
+    const tcpsrv__block *block = queue->first;
+    while (block && !(block->awaited && tcpsrv__block_size(block))) block = block->next;
+    return block != NULL;
+}
+
+/* Queued bytes that are held in memory: those of files are not. */
+static size_t tcpsrv__queue_memory(const tcpsrv__queue *queue) {
+    const tcpsrv__block *block = queue->first;
+    size_t size = queue->size;
+    for (; block; block = block->next)
+        if (block->file >= 0) size -= tcpsrv__block_size(block);
+    return size;
+}
+
+/* What the peer does not take for now is kept in memory of its size. */
+static void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *queue) {
+    tcpsrv__block *block = queue->first, *next, *fit;
+    if (!block || block->done || !tcpsrv__block_is_loose(block, tcpsrv__block_size(block))) return;
+    next = block->next;
+    fit = tcpsrv__block_fit(loop, block, block->begin, 0);
+    if (!fit) return;
+    fit->next = next;
+    queue->first = fit;
+    if (!next) queue->last = fit;
+}
+
+/* ==== >>stream ================================================================================ */
+
+/* Owns a descriptor, the bytes that came from it, and those that are to leave by it. One read waits
+   at a time: it is tried against the buffer, then one receive a turn, then the poller's next word.
+   A view of the buffer lives only while no read waits, so that receiving never moves bytes that
+   somebody looks at. Requests end from the loop only, in step, which does for a stream whatever its
+   flags say is due, in the order that the contract of tcpsrv_close names. */
+
+enum {
+    TCPSRV__WANT_UNTIL = 1, TCPSRV__WANT_REGEX, TCPSRV__WANT_EXACTLY, TCPSRV__WANT_SOME,
+    TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE, TCPSRV__WANT_FRAME, TCPSRV__WANT_READY
+};
+enum {
+    TCPSRV__BURST = 256,            /* messages served from the buffer before others have a turn */
+    TCPSRV__SCRATCH_SIZE = 65536,
+    TCPSRV__LINGER_SIZE = 65536,
+    TCPSRV__LINGER_MS = 2000
+};
+
+typedef struct tcpsrv__transport {
+    long (*receive)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
+    long (*send)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
+    void (*shut)(tcpsrv_stream *stream);    /* end the sending side */
+    int is_socket;
+} tcpsrv__transport;
+
+/* What streams of one server have in common; a stream without a server has one of its own. */
+typedef struct tcpsrv__owner {
+    size_t max_buffer_size, max_write_buffer_size, write_high_water, read_chunk_size;
+    uint64_t idle_ns, close_ns;
+    int draining;
+    tcpsrv_stats stats;
+    void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
+} tcpsrv__owner;
+
+typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
+    unsigned char ip[16];
+    uint32_t scope_id;
+    uint16_t port;
+    uint16_t family;
+} tcpsrv__peer_name;
+
+/* Made at first use: timeouts and what few streams have. */
+typedef struct tcpsrv__extra {
+    tcpsrv_stream *stream;
+    tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
+    uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
+    tcpsrv_close_fn *close_fn;
+    void *close_arg;
+    tcpsrv__block *marks_first, *marks_last; /* flush calls whose bytes are out, or never will be */
+} tcpsrv__extra;
+
+struct tcpsrv_stream {
+    tcpsrv__source source;
+    const tcpsrv__transport *io;
+    tcpsrv__owner *owner;
+    void *user;
+    tcpsrv__block *in;              /* NULL: nothing buffered, nothing viewed */
+    tcpsrv__queue out;
+    tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
+    void *read_arg;
+    union {
+        size_t size;
+        tcpsrv_find_end_fn *find_end;
+    } want;
+    size_t want_max;
+    void *want_memory;
+    size_t progress;                /* bytes searched, or filled, or the length that is awaited */
+    tcpsrv__extra *extra;
+    uint32_t receive_turn;
+    int error;                      /* why it is dead */
+    int linger_left;
+    unsigned short burst;
+    unsigned char want_kind, in_class, armed;
+    unsigned readable : 1, writable : 1;  /* until a call has shown it to be dry */
+    unsigned eof : 1;               /* the peer has finished, and all of it was received */
+    unsigned ended : 1;             /* the peer has finished, the poller says */
+    unsigned deep : 1;              /* a short read does not prove it dry */
+    unsigned connecting : 1, unpolled : 1, was_blocking : 1;
+    unsigned closing : 1, aborting : 1, shut_wanted : 1, shut : 1, lingering : 1;
+    unsigned dead : 1;              /* the descriptor is closed */
+    unsigned held : 1;              /* a coroutine or a waiting call uses it */
+    unsigned told : 1;              /* a callback carried the error */
+    unsigned cancelled : 1;         /* the waiting read */
+    unsigned in_stack : 1;          /* lies at the top of a coroutine's stack */
+    unsigned close_told : 1;
+    tcpsrv__peer_name peer;
+};
+
+static tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
+    return TCPSRV__CONTAINER(tcpsrv_stream, source, source);
+}
+
+static void tcpsrv__name_address(const tcpsrv__peer_name *name, tcpsrv_address *address) {
+    memset(address, 0, sizeof *address);
+    address->family = name->family;
+    address->port = name->port;
+    address->scope_id = name->scope_id;
+    memcpy(address->ip, name->ip, sizeof name->ip);
+}
+
+static void tcpsrv__name_peer(tcpsrv__peer_name *name, const tcpsrv_address *address) {
+    name->family = (uint16_t)address->family;
+    name->port = address->port;
+    name->scope_id = address->scope_id;
+    memcpy(name->ip, address->ip, sizeof name->ip);
+}
+
+/* Records a failure with the peer as its place, by the name copied before a wait: the stream may be
+   gone after it. */
+static int tcpsrv__fail_at(int code, const char *step, const tcpsrv__peer_name *peer) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    tcpsrv__fail(code, step, NULL);
+    tcpsrv__name_address(peer, &thread->peer);
+    return code;
+}
+
+/* ---- transports ------------------------------------------------------------------------------ */
+
+static long tcpsrv__plain_receive(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+    return tcpsrv__sys_readv(stream->source.fd, pieces, count);
+}
+
+static long tcpsrv__plain_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+    return tcpsrv__sys_send(stream->source.fd, pieces, count);
+}
+
+static void tcpsrv__plain_shut(tcpsrv_stream *stream) {
+    tcpsrv__sys_shutdown_write(stream->source.fd);
+}
+
+static long tcpsrv__file_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+    return tcpsrv__sys_writev(stream->source.fd, pieces, count);
+}
+
+static void tcpsrv__file_shut(tcpsrv_stream *stream) {
+    (void)stream; /* its close is the end */
+}
+
+static const tcpsrv__transport tcpsrv__plain = {
+    tcpsrv__plain_receive, tcpsrv__plain_send, tcpsrv__plain_shut, 1
+};
+static const tcpsrv__transport tcpsrv__file = {
+    tcpsrv__plain_receive, tcpsrv__file_send, tcpsrv__file_shut, 0
+};
+
+/* ---- deadlines ------------------------------------------------------------------------------- */
+
+/* Deadlines are moved by a store. The alarm is armed for the first of them, and when it rings too
+   early it is armed again: no heap operation for each message. */
+
+static uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
+    return b && (!a || b < a) ? b : a;
+}
+
+static uint64_t tcpsrv__first_deadline(const tcpsrv__extra *extra) {
+    uint64_t due = extra->read_due;
+    due = tcpsrv__earlier(due, extra->write_due);
+    due = tcpsrv__earlier(due, extra->idle_due);
+    due = tcpsrv__earlier(due, extra->connect_due);
+    due = tcpsrv__earlier(due, extra->close_due);
+    return tcpsrv__earlier(due, extra->linger_due);
+}
+
+static int tcpsrv__alarm_arm(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    uint64_t due = tcpsrv__first_deadline(extra);
+    if (!due || (extra->alarm.place && extra->alarm.due <= due)) return 0;
+    return tcpsrv__timer_arm(stream->source.loop, &extra->alarm, due);
+}
+
+static void tcpsrv__touch(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    if (TCPSRV__LIKELY(!extra)) return;
+    if (extra->idle_due) extra->idle_due = stream->source.loop->now + stream->owner->idle_ns;
+    if (extra->write_due) extra->write_due = stream->source.loop->now + extra->write_ns;
+}
+
+static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
+
+static tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    if (extra) return extra;
+    extra = (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
+    if (!extra) return NULL;
+    extra->stream = stream;
+    extra->alarm.fire = tcpsrv__alarm_fire;
+    stream->extra = extra;
+    return extra;
+}
+
+/* ---- life ------------------------------------------------------------------------------------ */
+
+static void tcpsrv__input_free(tcpsrv_stream *stream) {
+    if (stream->in) tcpsrv__block_give(stream->source.loop, stream->in);
+    stream->in = NULL;
+}
+
+static void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
+    int fd = stream->source.fd;
+    if (fd < 0) return;
+    if (!stream->unpolled) tcpsrv__poller_forget(&stream->source.loop->poller, fd);
+    if (stream->aborting && stream->io->is_socket) tcpsrv__sys_reset_on_close(fd);
+    if (stream->was_blocking) tcpsrv__sys_set_blocking(fd);
+    tcpsrv__sys_close(fd);
+    stream->source.fd = -1;
+}
+
+/* The stream's connection is over: the descriptor closes now, everything else ends from the loop.
+   out.size stays as what was not sent. */
+static void tcpsrv__die(tcpsrv_stream *stream, int code) {
+    size_t unsent = stream->out.size;
+    if (stream->dead) return;
+    stream->dead = 1;
+    stream->error = code;
+    stream->connecting = 0;
+    tcpsrv__descriptor_close(stream);
+    tcpsrv__queue_drop(stream->source.loop, &stream->out, code ? code : TCPSRV_ECLOSED);
+    stream->out.size = unsent;
+    if (stream->extra) tcpsrv__timer_cancel(stream->source.loop, &stream->extra->alarm);
+    tcpsrv__make_ready(&stream->source);
+}
+
+static void tcpsrv__stream_destroy(tcpsrv__source *source) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    tcpsrv__owner *owner = stream->owner;
+    if (stream->extra) tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
+    tcpsrv__free(stream->extra);
+    if (owner->gone) owner->gone(owner, stream);
+    else tcpsrv__free(stream);
+}
+
+static void tcpsrv__stream_end(tcpsrv_stream *stream) {
+    tcpsrv__input_free(stream);
+    tcpsrv__source_end(&stream->source);
+}
+
+/* ---- reading: does the buffer have it? ------------------------------------------------------- */
+
+typedef struct tcpsrv__regex_search {
+    const void *regex;
+    char *data;
+    size_t size;
+    int64_t end;
+} tcpsrv__regex_search;
+
+static void tcpsrv__regex_errand(void *arg) {
+    tcpsrv__regex_search *search = (tcpsrv__regex_search *)arg;
+    search->end = tcpsrv__sys_regex_end(search->regex, search->data, search->size);
+}
+
+/* Searched when the buffer has doubled, and once more when there is nothing else to receive. */
+static int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *data, size_t size) {
+    tcpsrv__regex_search search;
+    int last = !stream->readable || stream->eof || stream->dead || size > stream->want_max;
+    if (size == stream->progress || (!last && size < 2 * stream->progress)) return 0;
+    search.regex = stream->want_memory;
+    search.data = data;
+    search.size = size;
+    tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__regex_errand, &search);
+    stream->progress = size;
+    return search.end > 0 ? search.end : 0;
+}
+
+/* Only bytes not searched before, and as many before them as a split delimiter may have. */
+static int64_t tcpsrv__match_until(tcpsrv_stream *stream, const char *data, size_t size) {
+    size_t length = stream->want.size, from = stream->progress;
+    const char *found;
+    from = from >= length ? from - length + 1 : 0;
+    found = size - from >= length
+                ? tcpsrv__find(data + from, size - from, (const char *)stream->want_memory, length)
+                : NULL;
+    stream->progress = size;
+    return found ? (int64_t)((size_t)(found - data) + length) : 0;
+}
+
+static int64_t tcpsrv__match_frame(tcpsrv_stream *stream, const char *data, size_t size) {
+    int64_t end = (int64_t)stream->progress;
+    if (!end && size) end = stream->want.find_end(data, size, stream->want_memory);
+    if (end < 0) return TCPSRV_EREFUSED;
+    if ((uint64_t)end > stream->want_max) return TCPSRV_ETOOBIG;
+    stream->progress = (size_t)end;
+    return (size_t)end <= size ? end : 0;
+}
+
+/* The length of the wanted message at the buffer's start; 0: not yet; a code. An empty message is
+   told by *empty. */
+static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
+    tcpsrv__block *in = stream->in;
+    char *data = in ? in->data + in->begin : NULL;
+    size_t size = in ? tcpsrv__block_size(in) : 0;
+    int64_t end = 0;
+    switch (stream->want_kind) {
+    case TCPSRV__WANT_UNTIL: if (size) end = tcpsrv__match_until(stream, data, size); break;
+    case TCPSRV__WANT_REGEX: if (size) end = tcpsrv__match_regex(stream, data, size); break;
+    case TCPSRV__WANT_FRAME: end = tcpsrv__match_frame(stream, data, size); break;
+    case TCPSRV__WANT_SOME: return (int64_t)(size < stream->want_max ? size : stream->want_max);
+    case TCPSRV__WANT_READY: *empty = !stream->connecting && !stream->dead; return 0;
+    case TCPSRV__WANT_CLOSE:
+        if (size > stream->want_max) return TCPSRV_ETOOBIG;
+        *empty = stream->eof && !size;
+        return stream->eof ? (int64_t)size : 0;
+    default:
+        *empty = stream->want.size == 0;
+        return size >= stream->want.size ? (int64_t)stream->want.size : 0;
+    }
+    if (end < 0) return end;
+    if ((size_t)end > stream->want_max || (!end && size > stream->want_max)) return TCPSRV_ETOOBIG;
+    return end;
+}
+
+/* ---- reading: receiving ---------------------------------------------------------------------- */
+
+/* Room for more bytes behind those that the stream holds; no view is alive here. */
+static int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__block *in = stream->in, *grown;
+    size_t held = in ? tcpsrv__block_size(in) : 0;
+    if (in && in->capacity - in->end >= more) return 0;
+    if (in && in->capacity >= 2 * (held + more)) {
+        memmove(in->data, in->data + in->begin, held);
+        in->begin = 0;
+        in->end = held;
+        return 0;
+    }
+    if (in && in->capacity - held < more && more < held) more = held;
+    grown = in ? tcpsrv__block_fit(loop, in, in->begin, held + more)
+               : tcpsrv__block_take(loop, more);
+    if (!grown) return -ENOMEM;
+    stream->in = grown;
+    return 0;
+}
+
+static int tcpsrv__input_put(tcpsrv_stream *stream, const char *data, size_t size) {
+    tcpsrv__block *in;
+    if (tcpsrv__input_reserve(stream, size) != 0) return -ENOMEM;
+    in = stream->in;
+    memcpy(in->data + in->end, data, size);
+    in->end += size;
+    return 0;
+}
+
+/* Where the next bytes go: the caller's own memory, or a block of the stream's class; and behind
+   it scratch of the loop, so that one call takes whatever has come. */
+static int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces) {
+    tcpsrv_loop *loop = stream->source.loop;
+    size_t size = tcpsrv__class_size[stream->in_class] - sizeof(tcpsrv__block);
+    size_t most = stream->owner->read_chunk_size;
+    int n = 0;
+    if (most < size) most = size;
+    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
+    if (stream->want_kind == TCPSRV__WANT_INTO) {
+        pieces[n].iov_base = (char *)stream->want_memory + stream->progress;
+        pieces[n++].iov_len = stream->want.size - stream->progress;
+    } else {
+        if (!stream->in) stream->in = tcpsrv__block_take(loop, size);
+        if (stream->in && stream->in->begin == stream->in->end)
+            stream->in->begin = stream->in->end = 0;
+        if (stream->in && stream->in->end < stream->in->capacity) {
+            pieces[n].iov_base = stream->in->data + stream->in->end;
+            pieces[n++].iov_len = stream->in->capacity - stream->in->end;
+        }
+    }
+    if (n && pieces[0].iov_len > most) pieces[0].iov_len = most;
+    if (n && pieces[0].iov_len == most) return n;
+    if (loop->scratch) {
+        most -= n ? pieces[0].iov_len : 0;
+        pieces[n].iov_base = loop->scratch;
+        pieces[n].iov_len = TCPSRV__SCRATCH_SIZE;
+        if (pieces[n].iov_len > most) pieces[n].iov_len = most;
+        n++;
+    }
+    return n;
+}
+
+/* The class for the next receive: as large as this one needed, and one less when it was much too
+   large. */
+static void tcpsrv__receive_adapt(tcpsrv_stream *stream, size_t size, int full) {
+    int fit = tcpsrv__class_for(full ? size * 2 : size);
+    if (fit < 0) fit = TCPSRV__CLASSES - 1;
+    if (fit > stream->in_class) stream->in_class = (unsigned char)fit;
+    else if (fit < stream->in_class) stream->in_class--;
+}
+
+static int tcpsrv__received(tcpsrv_stream *stream, const struct iovec *pieces, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    int to_scratch = pieces[0].iov_base == loop->scratch;
+    size_t first = to_scratch ? 0 : size < pieces[0].iov_len ? size : pieces[0].iov_len;
+    stream->owner->stats.bytes_read += size;
+    tcpsrv__touch(stream);
+    if (stream->want_kind == TCPSRV__WANT_INTO) stream->progress += first;
+    else if (stream->in && !to_scratch) stream->in->end += first;
+    if (size == first) return 0;
+    return tcpsrv__input_put(stream, loop->scratch, size - first);
+}
+
+static void tcpsrv__read_dry(tcpsrv_stream *stream) {
+    stream->readable = 0;
+    if (!stream->unpolled)
+        tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd, stream->source.id,
+                             TCPSRV__EVENT_READ, &stream->armed);
+}
+
+/* One receive. 0, or -ENOMEM with nothing received; all else is in the stream's flags. */
+static int tcpsrv__receive(tcpsrv_stream *stream) {
+    struct iovec pieces[2];
+    int count = tcpsrv__receive_pieces(stream, pieces);
+    size_t asked = count ? pieces[0].iov_len + (count > 1 ? pieces[1].iov_len : 0) : 0;
+    long n;
+    if (!count) return -ENOMEM;
+    stream->receive_turn = (uint32_t)stream->source.loop->turn;
+    n = stream->io->receive(stream, pieces, count);
+    if (n > 0) {
+        tcpsrv__receive_adapt(stream, (size_t)n, (size_t)n == asked);
+        if ((size_t)n < asked && !stream->deep && !stream->ended) tcpsrv__read_dry(stream);
+        if (tcpsrv__received(stream, pieces, (size_t)n) != 0) tcpsrv__die(stream, -ENOMEM);
+    } else if (n == 0) {
+        stream->eof = 1;
+        stream->readable = 0;
+    } else if (n == -EAGAIN || n == -EWOULDBLOCK) {
+        tcpsrv__read_dry(stream);
+    } else {
+        tcpsrv__die(stream, (int)n);
+    }
+    if (stream->in && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+    return 0;
+}
+
+/* ---- reading: requests ----------------------------------------------------------------------- */
+
+static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
+
+/* Who only has callbacks is held back while the peer does not take his answers. */
+static int tcpsrv__read_held_back(const tcpsrv_stream *stream) {
+    return stream->out.size > stream->owner->write_high_water && !stream->dead &&
+           stream->read_fn != tcpsrv__await_done;
+}
+
+/* Why a read that the buffer cannot answer, and no receive either, ends; 0: it waits. */
+static int tcpsrv__read_end(const tcpsrv_stream *stream) {
+    int begun = stream->in || (stream->want_kind == TCPSRV__WANT_INTO && stream->progress);
+    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    if (stream->eof) return TCPSRV_EOF;
+    if (stream->owner->draining && !begun && !stream->readable && !stream->connecting &&
+        stream->want_kind != TCPSRV__WANT_READY)
+        return TCPSRV_EOF;
+    return 0;
+}
+
+/* Hands out so many bytes of the buffer, which must not stay larger than the promise. */
+static void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+    tcpsrv__block *in = stream->in, *fit;
+    bytes->data = "";
+    bytes->size = size;
+    if (!size) return;
+    if (tcpsrv__block_is_loose(in, tcpsrv__block_size(in))) {
+        fit = tcpsrv__block_fit(stream->source.loop, in, in->begin, 0);
+        if (fit) stream->in = in = fit;
+    }
+    bytes->data = in->data + in->begin;
+    in->begin += size;
+}
+
+/* What the buffer has goes to the caller's memory before anything is received there. */
+static void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
+    tcpsrv__block *in = stream->in;
+    size_t n = stream->want.size - stream->progress;
+    if (!in || stream->want_kind != TCPSRV__WANT_INTO) return;
+    if (n > tcpsrv__block_size(in)) n = tcpsrv__block_size(in);
+    if (n) memcpy((char *)stream->want_memory + stream->progress, in->data + in->begin, n);
+    stream->progress += n;
+    in->begin += n;
+    if (in->begin == in->end) tcpsrv__input_free(stream);
+}
+
+/* Whether the buffer ends the waiting read, by its bytes or by a code. */
+static int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+    int64_t n;
+    int empty = 0;
+    *err = 0;
+    bytes->data = "";
+    bytes->size = 0;
+    if (stream->want_kind == TCPSRV__WANT_INTO) {
+        tcpsrv__into_from_buffer(stream);
+        bytes->data = (const char *)stream->want_memory;
+        bytes->size = stream->progress;
+        return stream->progress == stream->want.size;
+    }
+    n = tcpsrv__match(stream, &empty);
+    if (n > 0) tcpsrv__view(stream, (size_t)n, bytes);
+    else *err = (int)n;
+    return n != 0 || empty;
+}
+
+/* Tries to end the waiting read. 1: with *err and *bytes; 0: it waits. */
+static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+    for (;;) {
+        if (tcpsrv__read_match(stream, err, bytes)) return 1;
+        *err = tcpsrv__read_end(stream);
+        if (*err) return 1;
+        if (!stream->readable || stream->connecting) return 0;
+        if (stream->receive_turn == (uint32_t)stream->source.loop->turn) {
+            tcpsrv__make_ready(&stream->source);
+            return 0;
+        }
+        *err = tcpsrv__receive(stream);
+        if (*err) return 1;
+    }
+}
+
+/* Bytes that a failed read put into the caller's memory go back into the buffer. */
+static void tcpsrv__read_put_back(tcpsrv_stream *stream) {
+    if (stream->want_kind != TCPSRV__WANT_INTO || !stream->progress) return;
+    if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0)
+        tcpsrv__die(stream, -ENOMEM);
+    stream->progress = 0;
+}
+
+/* Ends the waiting read: the only place. Its callback may do anything to the stream. */
+static void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes) {
+    tcpsrv_read_fn *fn = stream->read_fn;
+    stream->read_fn = NULL;
+    stream->cancelled = 0;
+    if (stream->extra) stream->extra->read_due = 0;
+    if (err) {
+        tcpsrv__read_put_back(stream);
+        bytes.data = "";
+        bytes.size = 0;
+        if (stream->dead && fn != tcpsrv__await_done) stream->told = 1;
+    }
+    fn(stream, err, bytes, stream->read_arg);
+}
+
+static void tcpsrv__read_fail(tcpsrv_stream *stream, int err) {
+    tcpsrv_bytes none = { "", 0 };
+    tcpsrv__read_complete(stream, err, none);
+}
+
+/* Serves the stream's reads as long as there is something for them; a busy pipeline yields. */
+static void tcpsrv__input_step(tcpsrv_stream *stream) {
+    tcpsrv_bytes bytes;
+    int err, n = 0;
+    stream->burst = 0;
+    while (stream->read_fn && !stream->closing && !tcpsrv__read_held_back(stream)) {
+        if (n++ == TCPSRV__BURST) {
+            tcpsrv__make_ready(&stream->source);
+            break;
+        }
+        if (!tcpsrv__read_try(stream, &err, &bytes)) break;
+        tcpsrv__read_complete(stream, err, bytes);
+    }
+    if (stream->in && stream->in->begin == stream->in->end && !stream->held)
+        tcpsrv__input_free(stream);
+}
+
+/* Whether a read may begin; makes it the stream's. */
+static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tcpsrv_read_fn *fn,
+                              void *arg) {
+    size_t most = stream->owner->max_buffer_size;
+    if (stream->closing) return TCPSRV_ECLOSED;
+    if (stream->read_fn) return TCPSRV_EBUSY;
+    if (!want->kind || (want->kind == TCPSRV__WANT_UNTIL && !want->size)) return -EINVAL;
+    if (want->kind == TCPSRV__WANT_EXACTLY && want->size > most) return TCPSRV_ETOOBIG;
+    if (stream->in && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+    stream->want_kind = (unsigned char)want->kind;
+    stream->want.size = want->size;
+    if (want->kind == TCPSRV__WANT_FRAME) stream->want.find_end = want->find_end;
+    stream->want_max = want->max ? want->max : most;
+    stream->want_memory = want->memory;
+    stream->progress = 0;
+    stream->read_fn = fn;
+    stream->read_arg = arg;
+    if (TCPSRV__LIKELY(!stream->extra) || !stream->extra->read_ns) return 0;
+    stream->extra->read_due = stream->source.loop->now + stream->extra->read_ns;
+    return tcpsrv__alarm_arm(stream);
+}
+
+/* Whether there is something to try a read against without waiting for the poller. */
+static int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
+    return stream->in || stream->eof || stream->dead || stream->readable ||
+           stream->owner->draining || stream->want_kind == TCPSRV__WANT_READY ||
+           (stream->want.size == 0 && stream->want_kind != TCPSRV__WANT_SOME);
+}
+
+TCPSRV_IMPL int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
+                            void *arg) {
+    int err = tcpsrv__read_begin(stream, &want, fn, arg);
+    if (err) return tcpsrv__fail_at(err, "read", &stream->peer);
+    if (tcpsrv__read_is_due(stream)) tcpsrv__make_ready(&stream->source);
+    return 0;
+}
+
+TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
+    if (!stream->read_fn) return;
+    stream->cancelled = 1;
+    tcpsrv__make_ready(&stream->source);
+}
+
+TCPSRV_IMPL size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) {
+    int any = stream->in && !stream->read_fn;
+    bytes->data = any ? stream->in->data + stream->in->begin : "";
+    bytes->size = any ? tcpsrv__block_size(stream->in) : 0;
+    return bytes->size;
+}
+
+/* ---- read values ----------------------------------------------------------------------------- */
+
+static tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *memory) {
+    tcpsrv_want want;
+    want.kind = kind;
+    want.size = size;
+    want.max = max;
+    want.memory = (void *)(uintptr_t)memory;
+    want.find_end = NULL;
+    return want;
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_UNTIL, strlen(delimiter), max, delimiter);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_UNTIL, size, max, delimiter);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_REGEX, 1, max, regex);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_exactly(size_t size) {
+    return tcpsrv__want(TCPSRV__WANT_EXACTLY, size, 0, NULL);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_some(size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_SOME, 1, max, NULL);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_into(void *memory, size_t size) {
+    return tcpsrv__want(TCPSRV__WANT_INTO, size, 0, memory);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_until_close(size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_CLOSE, 1, max, NULL);
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
+    tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 1, max, arg);
+    want.find_end = find_end;
+    return want;
+}
+
+TCPSRV_IMPL tcpsrv_want tcpsrv_ready(void) {
+    return tcpsrv__want(TCPSRV__WANT_READY, 0, 0, NULL);
+}
+
+/* ---- writing --------------------------------------------------------------------------------- */
+
+static void tcpsrv__write_dry(tcpsrv_stream *stream) {
+    int err = 0;
+    stream->writable = 0;
+    tcpsrv__queue_trim(stream->source.loop, &stream->out);
+    if (!stream->unpolled)
+        err = tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd,
+                                   stream->source.id, TCPSRV__EVENT_WRITE, &stream->armed);
+    if (err) tcpsrv__die(stream, err);
+}
+
+/* A piece of a file by way of the scratch, where the system has nothing better. */
+static long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv__block *block, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    struct iovec piece;
+    long n;
+    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
+    if (!loop->scratch) return -ENOMEM;
+    if (size > TCPSRV__SCRATCH_SIZE) size = TCPSRV__SCRATCH_SIZE;
+    n = tcpsrv__sys_pread(block->file, loop->scratch, size,
+                          block->offset + (int64_t)block->begin);
+    if (n <= 0) return n;
+    piece.iov_base = loop->scratch;
+    piece.iov_len = (size_t)n;
+    return stream->io->send(stream, &piece, 1);
+}
+
+static long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
+    const tcpsrv__block *block = stream->out.first;
+    size_t size = tcpsrv__block_size(block);
+    long n = -ENOTSUP;
+    if (size > TCPSRV__SEND_SIZE) size = TCPSRV__SEND_SIZE;
+    *asked = 1; /* how much went is no sign of a full buffer: only -EAGAIN is */
+    if (stream->io == &tcpsrv__plain)
+        n = tcpsrv__sys_sendfile(stream->source.fd, block->file,
+                                 block->offset + (int64_t)block->begin, size);
+    if (n == -ENOTSUP) n = tcpsrv__send_copied(stream, block, size);
+    return n == 0 ? -EIO : n;
+}
+
+static void tcpsrv__output_emptied(tcpsrv_stream *stream) {
+    if (stream->extra) stream->extra->write_due = 0;
+    if (stream->shut_wanted && !stream->shut) {
+        stream->shut = 1;
+        stream->io->shut(stream);
+    }
+    if (stream->closing) tcpsrv__make_ready(&stream->source);
+}
+
+static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
+    size_t high = stream->owner->write_high_water;
+    int was_held_back = stream->out.size > high;
+    stream->owner->stats.bytes_written += size;
+    tcpsrv__touch(stream);
+    tcpsrv__queue_consume(stream->source.loop, &stream->out, size);
+    if (was_held_back && stream->out.size <= high && stream->read_fn)
+        tcpsrv__make_ready(&stream->source);
+}
+
+/* One send of what is queued; the rest goes in later turns, so that a large write yields. */
+static void tcpsrv__output_step(tcpsrv_stream *stream) {
+    struct iovec pieces[TCPSRV__SEND_PIECES];
+    size_t asked;
+    long n;
+    if (stream->dead || stream->connecting) return;
+    if (stream->out.first && stream->out.size == 0)
+        tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
+    if (stream->out.size && stream->writable) {
+        int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
+        n = count ? stream->io->send(stream, pieces, count) : tcpsrv__send_file(stream, &asked);
+        if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
+        if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
+            tcpsrv__write_dry(stream);
+        else if (n < 0)
+            tcpsrv__die(stream, (int)n);
+    }
+    if (stream->dead) return;
+    if (!stream->out.first) tcpsrv__output_emptied(stream);
+    else if (stream->writable) tcpsrv__make_ready(&stream->source);
+}
+
+static void tcpsrv__stream_flush(tcpsrv__source *source) {
+    tcpsrv__output_step(tcpsrv__stream_of(source));
+}
+
+/* Queued output has begun to wait for the kernel. */
+static int tcpsrv__output_queued(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    if (extra && extra->write_ns && !extra->write_due) {
+        extra->write_due = stream->source.loop->now + extra->write_ns;
+        if (tcpsrv__alarm_arm(stream) != 0) return -ENOMEM;
+    }
+    tcpsrv__make_flushing(&stream->source);
+    return 0;
+}
+
+static int tcpsrv__may_write(const tcpsrv_stream *stream) {
+    if (stream->closing || stream->shut_wanted) return TCPSRV_ECLOSED;
+    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    return 0;
+}
+
+typedef struct tcpsrv__write_wait {
+    tcpsrv__block block;
+    tcpsrv__waiter waiter;
+    tcpsrv_stream *stream;
+} tcpsrv__write_wait;
+
+static void tcpsrv__write_done(tcpsrv__block *block, int result) {
+    tcpsrv__waiter_done(&TCPSRV__CONTAINER(tcpsrv__write_wait, block, block)->waiter, result);
+}
+
+/* A write that is given up half-way leaves a torn message: the stream cannot go on. */
+static void tcpsrv__write_cancel(tcpsrv__waiter *waiter) {
+    tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__write_wait, waiter, waiter)->stream;
+    stream->aborting = 1;
+    tcpsrv__die(stream, TCPSRV_ECANCELED);
+}
+
+static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *stream,
+                                    const void *data, size_t size) {
+    memset(wait, 0, sizeof *wait);
+    wait->block.data = (char *)(uintptr_t)data;
+    wait->block.end = size;
+    wait->block.file = -1;
+    wait->block.pool = -1;
+    wait->block.awaited = size > 0;
+    wait->block.done = tcpsrv__write_done;
+    wait->waiter.cancel = tcpsrv__write_cancel;
+    wait->stream = stream;
+}
+
+/* Queues a block that the caller's stack holds, and waits until it is out. The stream may be gone
+   when this returns. */
+static int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
+    tcpsrv_stream *stream = wait->stream;
+    int err;
+    stream->held = 1;
+    tcpsrv__queue_push(&stream->out, &wait->block);
+    err = tcpsrv__output_queued(stream);
+    if (err) tcpsrv__die(stream, err);
+    tcpsrv__output_step(stream);
+    if (wait->waiter.done) return wait->waiter.result;
+    return tcpsrv__wait(stream->source.loop, &wait->waiter);
+}
+
+/* Too much to gather: sends from the caller's memory what goes now, and copies the rest. */
+static int tcpsrv__write_large(tcpsrv_stream *stream, const void *data, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__queue *out = &stream->out;
+    tcpsrv__block *before;
+    tcpsrv__write_wait wait;
+    size_t sent;
+    int err;
+    tcpsrv__write_wait_init(&wait, stream, data, size);
+    tcpsrv__queue_push(out, &wait.block);
+    tcpsrv__output_step(stream);
+    if (wait.waiter.done) return wait.waiter.result;
+    sent = wait.block.begin;
+    for (before = out->first; before != &wait.block && before->next != &wait.block;)
+        before = before->next;
+    if (before == &wait.block) out->first = before = NULL;
+    else before->next = NULL;
+    out->last = before;
+    out->size -= size - sent;
+    err = tcpsrv__queue_append(loop, out, (const char *)data + sent, size - sent);
+    if (err && sent) tcpsrv__die(stream, err);
+    return err ? err : tcpsrv__output_queued(stream);
+}
+
+/* The form that never waits. */
+static int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t size) {
+    size_t queued = stream->out.size + size;
+    int err = tcpsrv__may_write(stream);
+    if (err || !size) return err;
+    if (queued > stream->owner->max_write_buffer_size &&
+        tcpsrv__queue_memory(&stream->out) + size > stream->owner->max_write_buffer_size)
+        return TCPSRV_EBUFFULL;
+    if (queued > TCPSRV__GATHER_SIZE && stream->writable && !stream->connecting)
+        return tcpsrv__write_large(stream, data, size);
+    err = tcpsrv__queue_append(stream->source.loop, &stream->out, data, size);
+    return err ? err : tcpsrv__output_queued(stream);
+}
+
+static void tcpsrv__marks_push(tcpsrv__extra *extra, tcpsrv__block *block) {
+    block->next = NULL;
+    if (extra->marks_last) extra->marks_last->next = block;
+    else extra->marks_first = block;
+    extra->marks_last = block;
+}
+
+typedef struct tcpsrv__flush_call {
+    tcpsrv__block block;
+    tcpsrv_stream *stream;
+    tcpsrv_flush_fn *fn;
+    void *arg;
+    int result;
+} tcpsrv__flush_call;
+
+/* Called back from the loop, not from within whatever call has sent or ended this. */
+static void tcpsrv__flush_call_done(tcpsrv__block *block, int result) {
+    tcpsrv__flush_call *call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
+    call->result = result;
+    tcpsrv__marks_push(call->stream->extra, block);
+    tcpsrv__make_ready(&call->stream->source);
+}
+
+static void tcpsrv__run_marks(tcpsrv_stream *stream) {
+    while (stream->extra && stream->extra->marks_first) {
+        tcpsrv__block *block = stream->extra->marks_first;
+        tcpsrv__flush_call *call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
+        stream->extra->marks_first = block->next;
+        if (!block->next) stream->extra->marks_last = NULL;
+        if (call->result && stream->dead) stream->told = 1;
+        call->fn(stream, call->result, call->arg);
+        tcpsrv__free(call);
+    }
+}
+
+TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void *arg) {
+    tcpsrv__flush_call *call;
+    int err = stream->closing ? TCPSRV_ECLOSED : 0;
+    if (err) return tcpsrv__fail_at(err, "on_flush", &stream->peer);
+    call = (tcpsrv__flush_call *)tcpsrv__alloc(sizeof *call);
+    if (!call || !tcpsrv__extra_make(stream)) {
+        tcpsrv__free(call);
+        return tcpsrv__fail_at(-ENOMEM, "on_flush", &stream->peer);
+    }
+    call->block.file = call->block.pool = -1;
+    call->block.done = tcpsrv__flush_call_done;
+    call->stream = stream;
+    call->fn = fn;
+    call->arg = arg;
+    if (stream->dead) {
+        tcpsrv__flush_call_done(&call->block, stream->error ? stream->error : TCPSRV_ECLOSED);
+    } else {
+        tcpsrv__queue_push(&stream->out, &call->block);
+        tcpsrv__make_flushing(&stream->source);
+    }
+    return 0;
+}
+
+TCPSRV_IMPL int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
+    int err = tcpsrv__write_now(stream, data, size);
+    return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
+}
+
+/* ---- closing --------------------------------------------------------------------------------- */
+
+TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
+    int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
+    if (err) return tcpsrv__fail_at(err, "shutdown", &stream->peer);
+    stream->shut_wanted = 1;
+    tcpsrv__make_flushing(&stream->source);
+    return 0;
+}
+
+TCPSRV_IMPL void tcpsrv_close(tcpsrv_stream *stream) {
+    if (stream->closing) return;
+    stream->closing = 1;
+    if (tcpsrv__queue_has_borrowed(&stream->out)) {
+        stream->aborting = 1;
+        tcpsrv__die(stream, TCPSRV_ECLOSED);
+    }
+    tcpsrv__make_ready(&stream->source);
+}
+
+TCPSRV_IMPL void tcpsrv_abort(tcpsrv_stream *stream) {
+    stream->closing = stream->aborting = 1;
+    tcpsrv__die(stream, TCPSRV_ECLOSED);
+    tcpsrv__make_ready(&stream->source);
+}
+
+TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void *arg) {
+    if (!tcpsrv__extra_make(stream)) return tcpsrv__fail_at(-ENOMEM, "on_close", &stream->peer);
+    stream->extra->close_fn = fn;
+    stream->extra->close_arg = arg;
+    if (stream->dead) tcpsrv__make_ready(&stream->source);
+    return 0;
+}
+
+/* Late input is swallowed, so that closing does not answer it with a reset. */
+static void tcpsrv__linger_step(tcpsrv_stream *stream) {
+    tcpsrv_loop *loop = stream->source.loop;
+    struct iovec piece;
+    long n;
+    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
+    piece.iov_base = loop->scratch;
+    piece.iov_len = TCPSRV__SCRATCH_SIZE;
+    n = loop->scratch ? stream->io->receive(stream, &piece, 1) : 0;
+    if (n == -EAGAIN || n == -EWOULDBLOCK) {
+        tcpsrv__read_dry(stream);
+        return;
+    }
+    stream->linger_left -= (int)n;
+    if (n <= 0 || stream->linger_left <= 0) tcpsrv__die(stream, 0);
+    else tcpsrv__make_ready(&stream->source);
+}
+
+static void tcpsrv__linger_begin(tcpsrv_stream *stream) {
+    stream->lingering = 1;
+    stream->linger_left = TCPSRV__LINGER_SIZE;
+    stream->readable = 1;
+    stream->extra->linger_due = stream->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__LINGER_MS);
+    tcpsrv__alarm_arm(stream);
+    tcpsrv__linger_step(stream);
+}
+
+/* An orderly close that cannot end at once gets a deadline; without memory for one it ends now. */
+static int tcpsrv__close_deadline(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = tcpsrv__extra_make(stream);
+    if (!extra) return -ENOMEM;
+    extra->read_due = extra->idle_due = 0;
+    if (!extra->close_due) extra->close_due = stream->source.loop->now + stream->owner->close_ns;
+    return tcpsrv__alarm_arm(stream);
+}
+
+static void tcpsrv__close_step(tcpsrv_stream *stream) {
+    tcpsrv__input_free(stream);
+    if (stream->dead) return;
+    if (stream->out.first) tcpsrv__output_step(stream);
+    if (stream->dead) return;
+    if (!stream->out.first &&
+        (stream->eof || stream->connecting || !stream->io->is_socket)) {
+        tcpsrv__die(stream, 0);
+    } else if (tcpsrv__close_deadline(stream) != 0) {
+        stream->aborting = stream->out.first != NULL;
+        tcpsrv__die(stream, -ENOMEM);
+    } else if (stream->lingering) {
+        if (stream->readable) tcpsrv__linger_step(stream);
+    } else if (!stream->out.first) {
+        if (!stream->shut) stream->io->shut(stream);
+        stream->shut = 1;
+        tcpsrv__linger_begin(stream);
+    }
+}
+
+/* What on_close says: a death by our own hand is its reason only where bytes were lost. */
+static void tcpsrv__tell_close(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    if (!extra || !extra->close_fn || stream->close_told) return;
+    stream->close_told = 1;
+    extra->close_fn(stream, stream->error, stream->out.size, extra->close_arg);
+}
+
+/* The last of a dead stream's steps. */
+static void tcpsrv__dead_step(tcpsrv_stream *stream) {
+    int has_close_fn = stream->extra && stream->extra->close_fn;
+    if (stream->read_fn) return; /* the buffer may still answer it */
+    tcpsrv__tell_close(stream);
+    if (stream->closing) tcpsrv__stream_end(stream);
+    else if (!stream->held && (has_close_fn ? stream->close_told : stream->told) &&
+             !stream->read_fn)
+        tcpsrv__stream_end(stream);
+}
+
+/* Its turn on the ready list: everything that the flags say is due. */
+static void tcpsrv__stream_step(tcpsrv__source *source) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    tcpsrv__run_marks(stream);
+    if (stream->read_fn && stream->closing) tcpsrv__read_fail(stream, TCPSRV_ECLOSED);
+    else if (stream->read_fn && stream->cancelled) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
+    if (stream->read_fn) tcpsrv__input_step(stream);
+    if (stream->closing) tcpsrv__close_step(stream);
+    else if (stream->out.first) tcpsrv__output_step(stream);
+    tcpsrv__run_marks(stream);
+    if (stream->dead) tcpsrv__dead_step(stream);
+}
+
+/* ---- events ---------------------------------------------------------------------------------- */
+
+static void tcpsrv__connect_told(tcpsrv_stream *stream) {
+    int err = tcpsrv__socket_error(stream->source.fd);
+    if (!err && !tcpsrv__sys_connected(stream->source.fd)) return; /* not yet */
+    stream->connecting = 0;
+    stream->readable = stream->writable = 1;
+    if (stream->extra) stream->extra->connect_due = 0;
+    if (err) tcpsrv__die(stream, err);
+    tcpsrv__make_ready(&stream->source);
+}
+
+/* An error that no waiting call will meet. What came before it stays readable. */
+static void tcpsrv__error_told(tcpsrv_stream *stream) {
+    int err;
+    if (stream->read_fn || tcpsrv__sys_unread(stream->source.fd) > 0) return;
+    err = tcpsrv__socket_error(stream->source.fd);
+    if (err) tcpsrv__die(stream, err);
+}
+
+static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    if (stream->dead) return;
+    if (stream->connecting) {
+        tcpsrv__connect_told(stream);
+        return;
+    }
+    if (events & TCPSRV__EVENT_READ) stream->readable = 1;
+    if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
+    if (events & TCPSRV__EVENT_URGENT) stream->deep = 1;
+    if (events & TCPSRV__EVENT_WRITE) {
+        stream->writable = 1;
+        if (stream->out.first) tcpsrv__output_step(stream);
+    }
+    if (stream->read_fn && !stream->cancelled && !stream->closing) tcpsrv__input_step(stream);
+    if ((events & TCPSRV__EVENT_ERROR) && !stream->dead) tcpsrv__error_told(stream);
+    if (stream->closing || stream->dead) tcpsrv__make_ready(source);
+}
+
+/* 1: the deadline has passed, and is none any more. */
+static int tcpsrv__passed(const tcpsrv_loop *loop, uint64_t *due) {
+    if (!*due || *due > loop->now) return 0;
+    *due = 0;
+    return 1;
+}
+
+static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv__extra *extra = TCPSRV__CONTAINER(tcpsrv__extra, alarm, timer);
+    tcpsrv_stream *stream = extra->stream;
+    tcpsrv_stats *stats = &stream->owner->stats;
+    if (tcpsrv__passed(loop, &extra->close_due)) {
+        stats->timeouts_close++;
+        stream->aborting = 1;
+        tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    } else if (tcpsrv__passed(loop, &extra->linger_due)) {
+        tcpsrv__die(stream, 0);
+    } else if (tcpsrv__passed(loop, &extra->connect_due)) {
+        tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    } else if (tcpsrv__passed(loop, &extra->write_due)) {
+        stats->timeouts_write++;
+        stream->aborting = 1;
+        tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    } else if (tcpsrv__passed(loop, &extra->idle_due)) {
+        stats->timeouts_idle++;
+        tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    }
+    if (!stream->dead) tcpsrv__alarm_arm(stream);
+    if (tcpsrv__passed(loop, &extra->read_due) && stream->read_fn) {
+        stats->timeouts_read++;
+        tcpsrv__read_fail(stream, TCPSRV_ETIMEDOUT);
+    }
+}
+
+/* The loop is being freed. */
+static void tcpsrv__stream_drop(tcpsrv__source *source) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    stream->closing = 1;
+    if (stream->out.size) stream->aborting = 1;
+    tcpsrv__die(stream, TCPSRV_ECANCELED);
+    tcpsrv__run_marks(stream);
+    if (stream->read_fn) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
+    tcpsrv__dead_step(stream);
+}
+
+static const tcpsrv__class tcpsrv__stream_class = {
+    tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_flush, NULL, tcpsrv__stream_drop,
+    tcpsrv__stream_destroy
+};
+
+/* ---- making streams -------------------------------------------------------------------------- */
+
+/* Zeroed memory becomes a stream over a connected descriptor, told about from now on. On failure
+   the descriptor stays the caller's. */
+static int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop, tcpsrv__owner *owner,
+                               int fd, int directions) {
+    int err = tcpsrv__source_init(&stream->source, &tcpsrv__stream_class, loop, fd);
+    if (err) return err;
+    stream->owner = owner;
+    stream->io = &tcpsrv__plain;
+    stream->readable = stream->writable = 1;
+    stream->receive_turn = (uint32_t)loop->turn - 1;
+    if (owner->idle_ns) {
+        err = tcpsrv__extra_make(stream) ? 0 : -ENOMEM;
+        if (!err) stream->extra->idle_due = loop->now + owner->idle_ns;
+        if (!err) err = tcpsrv__alarm_arm(stream);
+    }
+    if (!err) err = tcpsrv__poller_add_stream(&loop->poller, fd, stream->source.id, directions);
+    if (err == -EPERM) { /* a regular file: always ready (epoll_ctl(2)) */
+        stream->unpolled = 1;
+        err = 0;
+    }
+    if (!err) {
+        stream->armed = (unsigned char)directions;
+        return 0;
+    }
+    if (stream->extra) tcpsrv__timer_cancel(loop, &stream->extra->alarm);
+    tcpsrv__free(stream->extra);
+    stream->extra = NULL;
+    tcpsrv__slot_release(loop, stream->source.id);
+    return err;
+}
+
+typedef struct tcpsrv__lone {
+    tcpsrv_stream stream;       /* first: freed as the stream */
+    tcpsrv__owner owner;
+} tcpsrv__lone;
+
+enum {
+    TCPSRV__MAX_BUFFER = 1048576,
+    TCPSRV__HIGH_WATER = 65536,
+    TCPSRV__CHUNK = 65536,
+    TCPSRV__CLOSE_MS = 5000
+};
+
+static tcpsrv__lone *tcpsrv__lone_new(const tcpsrv_connect_options *options) {
+    tcpsrv__lone *lone = (tcpsrv__lone *)tcpsrv__alloc(sizeof *lone);
+    tcpsrv__owner *owner = lone ? &lone->owner : NULL;
+    if (!lone) return NULL;
+    owner->max_buffer_size = TCPSRV__MAX_BUFFER;
+    owner->max_write_buffer_size = TCPSRV__MAX_BUFFER;
+    owner->write_high_water = TCPSRV__HIGH_WATER;
+    owner->read_chunk_size = TCPSRV__CHUNK;
+    owner->close_ns = tcpsrv__ms_to_ns(TCPSRV__CLOSE_MS);
+    if (!options) return lone;
+    if (options->max_buffer_size) owner->max_buffer_size = options->max_buffer_size;
+    if (options->max_write_buffer_size)
+        owner->max_write_buffer_size = options->max_write_buffer_size;
+    if (options->write_high_water) owner->write_high_water = options->write_high_water;
+    return lone;
+}
+
+/* ---- the rest -------------------------------------------------------------------------------- */
+
+TCPSRV_IMPL int tcpsrv_error(const tcpsrv_stream *stream) {
+    return stream->error;
+}
+
+TCPSRV_IMPL int tcpsrv_closed(const tcpsrv_stream *stream) {
+    return stream->dead || stream->closing;
+}
+
+TCPSRV_IMPL int tcpsrv_reading(const tcpsrv_stream *stream) {
+    return stream->read_fn != NULL;
+}
+
+TCPSRV_IMPL int tcpsrv_writing(const tcpsrv_stream *stream) {
+    return stream->out.first != NULL;
+}
+
+TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms) {
+    tcpsrv__extra *extra = tcpsrv__extra_make(stream);
+    if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", &stream->peer);
+    extra->read_ns = tcpsrv__ms_to_ns(read_ms);
+    extra->write_ns = tcpsrv__ms_to_ns(write_ms);
+    if (!extra->write_ns) extra->write_due = 0;
+    return 0;
+}
+
+TCPSRV_IMPL int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on) {
+    int err = stream->source.fd < 0 ? TCPSRV_ECLOSED : tcpsrv__sys_nodelay(stream->source.fd, on);
+    return err ? tcpsrv__fail_at(err, "set_nodelay", &stream->peer) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address) {
+    tcpsrv__name_address(&stream->peer, address);
+    return 0;
+}
+
+TCPSRV_IMPL int tcpsrv_fd(const tcpsrv_stream *stream) {
+    return stream->source.fd;
+}
+
+TCPSRV_IMPL void *tcpsrv_user(const tcpsrv_stream *stream) {
+    return stream->user;
+}
+
+TCPSRV_IMPL void tcpsrv_set_user(tcpsrv_stream *stream, void *user) {
+    stream->user = user;
+}
+
+TCPSRV_IMPL tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream) {
+    return stream->source.loop;
+}
+
+TCPSRV_IMPL int64_t tcpsrv_id(const tcpsrv_stream *stream) {
+    return stream->source.id;
+}
+
+TCPSRV_IMPL tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id) {
+    tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
+    tcpsrv_stream *stream;
+    if (!source || source->type != &tcpsrv__stream_class) return NULL;
+    stream = tcpsrv__stream_of(source);
+    return stream->closing ? NULL : stream;
+}
+
+/* ==== >>waiting =============================================================================== */
+
+/* The waiting calls on streams: the callback ones, and a waiter that is done by the callback. After
+   a wait the stream may be gone, so that nothing here looks at it then. */
+
+typedef struct tcpsrv__read_wait {
+    tcpsrv__waiter waiter;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes bytes;
+} tcpsrv__read_wait;
+
+static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg) {
+    tcpsrv__read_wait *wait = (tcpsrv__read_wait *)arg;
+    (void)stream;
+    wait->bytes = bytes;
+    tcpsrv__waiter_resume(&wait->waiter, err);
+}
+
+static void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
+    tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__read_wait, waiter, waiter)->stream;
+    tcpsrv__read_put_back(stream);
+    stream->read_fn = NULL;
+    tcpsrv__cancel_plain(waiter);
+}
+
+/* A read that the buffer or one receive can answer returns without a switch; after a burst of them
+   it goes by way of the loop, so that a busy pipeline yields. */
+static int tcpsrv__await_read(tcpsrv_stream *stream, tcpsrv__read_wait *wait) {
+    int err, due = tcpsrv__read_is_due(stream);
+    if (due && stream->burst < TCPSRV__BURST) {
+        stream->burst++;
+        if (tcpsrv__read_try(stream, &err, &wait->bytes)) {
+            stream->read_fn = NULL;
+            stream->cancelled = 0;
+            if (stream->extra) stream->extra->read_due = 0;
+            if (err) tcpsrv__read_put_back(stream);
+            return err;
+        }
+    } else if (due) {
+        tcpsrv__make_ready(&stream->source);
+    }
+    return tcpsrv__wait(stream->source.loop, &wait->waiter);
+}
+
+TCPSRV_IMPL int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
+    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__read_wait wait;
+    int err = tcpsrv__may_wait(stream->source.loop);
+    if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, &wait);
+    if (!err) {
+        memset(&wait, 0, sizeof wait);
+        wait.waiter.cancel = tcpsrv__await_cancel;
+        wait.stream = stream;
+        stream->held = 1;
+        err = tcpsrv__await_read(stream, &wait);
+    }
+    if (bytes) {
+        bytes->data = err ? "" : wait.bytes.data;
+        bytes->size = err ? 0 : wait.bytes.size;
+    }
+    return err ? tcpsrv__fail_at(err, "read", &peer) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
+                                  tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_until(delimiter, max), bytes);
+}
+
+TCPSRV_IMPL int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_exactly(size), bytes);
+}
+
+TCPSRV_IMPL int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_some(max), bytes);
+}
+
+TCPSRV_IMPL int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size) {
+    return tcpsrv_await(stream, tcpsrv_into(memory, size), NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_until_close(max), bytes);
+}
+
+/* ---- writing --------------------------------------------------------------------------------- */
+
+/* Queued where it fits below the high water; else it goes from where it lies. */
+static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__write_wait wait;
+    int err;
+    if (!loop->current) return tcpsrv__write_now(stream, data, size);
+    stream->held = 1;
+    err = tcpsrv__may_write(stream);
+    if (err || !size) return err;
+    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->write_high_water)) {
+        err = tcpsrv__queue_append(loop, &stream->out, data, size);
+        return err ? err : tcpsrv__output_queued(stream);
+    }
+    err = tcpsrv__may_wait(loop);
+    if (err) return err;
+    tcpsrv__write_wait_init(&wait, stream, data, size);
+    return tcpsrv__write_waiting(&wait);
+}
+
+TCPSRV_IMPL int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
+    tcpsrv__peer_name peer;
+    int err;
+    if (TCPSRV__LIKELY(stream->out.size + size <= TCPSRV__GATHER_SIZE)) {
+        err = tcpsrv__write(stream, data, size);
+        return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
+    }
+    peer = stream->peer;
+    err = tcpsrv__write(stream, data, size);
+    return err ? tcpsrv__fail_at(err, "write", &peer) : 0;
+}
+
+/* All pieces as one message: copied together, so that no other writer comes between. */
+TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__block *block;
+    size_t size = 0;
+    int i, err;
+    for (i = 0; i < count; i++) size += pieces[i].size;
+    block = tcpsrv__block_take(loop, size);
+    if (!block) return tcpsrv__fail_at(-ENOMEM, "write", &peer);
+    for (i = 0; i < count; i++) {
+        if (pieces[i].size) memcpy(block->data + block->end, pieces[i].data, pieces[i].size);
+        block->end += pieces[i].size;
+    }
+    err = tcpsrv__write(stream, block->data, size);
+    tcpsrv__block_give(loop, block);
+    return err ? tcpsrv__fail_at(err, "write", &peer) : 0;
+}
+
+typedef struct tcpsrv__format {
+    tcpsrv_loop *loop;
+    const char *format;
+    va_list arguments;
+    tcpsrv__block *block;
+    int err;
+} tcpsrv__format;
+
+/* On the loop's stack, since libc's formatting alone may take 10 KB of it. */
+static void tcpsrv__format_errand(void *arg) {
+    tcpsrv__format *work = (tcpsrv__format *)arg;
+    va_list again;
+    int n;
+    work->block = tcpsrv__block_take(work->loop, 1024);
+    work->err = work->block ? 0 : -ENOMEM;
+    if (work->err) return;
+    va_copy(again, work->arguments);
+    n = vsnprintf(work->block->data, work->block->capacity, work->format, again);
+    va_end(again);
+    if (n >= 0 && (size_t)n >= work->block->capacity) {
+        tcpsrv__block_give(work->loop, work->block);
+        work->block = tcpsrv__block_take(work->loop, (size_t)n + 1);
+        if (work->block) vsnprintf(work->block->data, (size_t)n + 1, work->format,
+                                   work->arguments);
+    }
+    work->err = n < 0 ? -errno : work->block ? 0 : -ENOMEM;
+    if (!work->err) work->block->end = (size_t)n;
+}
+
+TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
+    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__format work;
+    work.loop = stream->source.loop;
+    work.format = format;
+    va_start(work.arguments, format);
+    tcpsrv__on_loop_stack(work.loop, tcpsrv__format_errand, &work);
+    va_end(work.arguments);
+    if (!work.err) work.err = tcpsrv__write(stream, work.block->data, work.block->end);
+    if (work.block) tcpsrv__block_give(work.loop, work.block);
+    return work.err ? tcpsrv__fail_at(work.err, "write", &peer) : 0;
+}
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+static void tcpsrv__file_done(tcpsrv__block *block, int result) {
+    (void)result;
+    tcpsrv__sys_close(block->file);
+    tcpsrv__free(block);
+}
+
+/* Outside a coroutine the queue holds a descriptor of its own. */
+static int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int64_t offset, size_t size) {
+    tcpsrv__block *block = (tcpsrv__block *)tcpsrv__alloc(sizeof *block);
+    if (!block) return -ENOMEM;
+    block->file = tcpsrv__sys_dup(fd);
+    if (block->file < 0) {
+        int err = block->file;
+        tcpsrv__free(block);
+        return err;
+    }
+    block->offset = offset;
+    block->end = size;
+    block->pool = -1;
+    block->done = tcpsrv__file_done;
+    tcpsrv__queue_push(&stream->out, block);
+    return tcpsrv__output_queued(stream);
+}
+
+TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, size_t size) {
+    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__write_wait wait;
+    int err = tcpsrv__may_write(stream);
+    if (!err && !size) return 0;
+    if (!err && stream->source.loop->current) {
+        err = tcpsrv__may_wait(stream->source.loop);
+        tcpsrv__write_wait_init(&wait, stream, NULL, size);
+        wait.block.file = fd;
+        wait.block.offset = offset;
+        if (!err) err = tcpsrv__write_waiting(&wait);
+    } else if (!err) {
+        err = tcpsrv__sendfile_now(stream, fd, offset, size);
+    }
+    return err ? tcpsrv__fail_at(err, "sendfile", &peer) : 0;
+}
+
+static void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
+    tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__write_wait, waiter, waiter)->stream;
+    tcpsrv__die(stream, TCPSRV_ECANCELED);
+}
+
+TCPSRV_IMPL int tcpsrv_flush(tcpsrv_stream *stream) {
+    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__write_wait wait;
+    int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
+    if (!err) err = tcpsrv__may_wait(stream->source.loop);
+    if (!err && (stream->out.first || stream->connecting)) {
+        tcpsrv__write_wait_init(&wait, stream, NULL, 0);
+        wait.waiter.cancel = tcpsrv__flush_cancel;
+        err = tcpsrv__write_waiting(&wait);
+    }
+    return err ? tcpsrv__fail_at(err, "flush", &peer) : 0;
+}
+
+/* ---- the end of a loop ----------------------------------------------------------------------- */
+
+/* Coroutines unwind first, while what they wait for still exists; then everything else. */
+static void tcpsrv__drop_all(tcpsrv_loop *loop, const tcpsrv__class *first) {
+    uint32_t i;
+    for (i = 1; i < loop->slot_count; i++) {
+        tcpsrv__source *source = loop->slots[i].source;
+        if (source && (!first || source->type == first)) source->type->drop(source);
+    }
+}
+
+static void tcpsrv__drop_posted(tcpsrv_loop *loop) {
+    while (loop->posted_first) {
+        tcpsrv__posted *posted = loop->posted_first;
+        loop->posted_first = posted->next;
+        tcpsrv__free(posted);
+    }
+}
+
+static void tcpsrv__drop_ready(tcpsrv_loop *loop) {
+    while (loop->ready_first) {
+        tcpsrv__source *source = tcpsrv__take_ready(loop);
+        if (!source->is_gone) continue;
+        source->ready_next = loop->gone;
+        loop->gone = source;
+    }
+    tcpsrv__destroy_gone(loop);
+}
+
+static void tcpsrv__loop_release(tcpsrv_loop *loop) {
+    tcpsrv__drop_posted(loop);
+    tcpsrv__stack_pool_free(loop);
+    tcpsrv__blocks_free(loop);
+    tcpsrv__poller_close(&loop->poller);
+    tcpsrv__waker_close(&loop->waker);
+    pthread_mutex_destroy(&loop->post_lock);
+    tcpsrv__free(loop->slots);
+    tcpsrv__free(loop->heap);
+    tcpsrv__free(loop->ended);
+    tcpsrv__free(loop);
+}
+
+TCPSRV_IMPL int tcpsrv_loop_free(tcpsrv_loop *loop) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    int err = loop ? tcpsrv__loop_may_turn(loop) : 0;
+    if (err) return tcpsrv__fail(err, "loop_free", NULL);
+    if (!loop) return 0;
+    loop->ending = 1;
+    thread->turning = loop;
+    tcpsrv__drop_all(loop, tcpsrv__coroutine_class);
+    tcpsrv__drop_all(loop, NULL);
+    tcpsrv__drop_ready(loop);
+    thread->turning = NULL;
+    if (thread->default_loop == loop) thread->default_loop = NULL;
+    tcpsrv__loop_release(loop);
+    return 0;
+}
+
+/* ==== >>sockets =============================================================================== */
+
+/* Owns addresses: as text, as sockets that listen there, as connections begun. */
+
+enum {
+    TCPSRV__MAX_ADDRESSES = 32,     /* of one host name */
+    TCPSRV__PORT_TRIES = 16,        /* for one free port in both families */
+    TCPSRV__BACKLOG = 65535         /* the kernel cuts it to the system's most */
+};
+
+static void tcpsrv__address_from_unix(tcpsrv_address *address, const struct sockaddr_un *name,
+                                      socklen_t size) {
+    size_t length = (size_t)size > offsetof(struct sockaddr_un, sun_path)
+                        ? (size_t)size - offsetof(struct sockaddr_un, sun_path) : 0;
+    if (length > sizeof address->path - 1) length = sizeof address->path - 1;
+    memcpy(address->path, name->sun_path, length);
+    if (length && !name->sun_path[0]) address->path[0] = '@';
+}
+
+static void tcpsrv__address_from_sockaddr(tcpsrv_address *address, const struct sockaddr *name,
+                                          socklen_t size) {
+    memset(address, 0, sizeof *address);
+    if (size < (socklen_t)sizeof name->sa_family) return;
+    address->family = name->sa_family;
+    if (name->sa_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)(const void *)name;
+        address->port = ntohs(in->sin_port);
+        memcpy(address->ip, &in->sin_addr, 4);
+    } else if (name->sa_family == AF_INET6) {
+        const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)(const void *)name;
+        address->port = ntohs(in6->sin6_port);
+        address->scope_id = (unsigned)in6->sin6_scope_id;
+        memcpy(address->ip, &in6->sin6_addr, 16);
+    } else if (name->sa_family == AF_UNIX) {
+        tcpsrv__address_from_unix(address, (const struct sockaddr_un *)(const void *)name, size);
+    }
+}
+
+TCPSRV_IMPL const char *tcpsrv_address_text(const tcpsrv_address *address, char *text,
+                                            size_t size) {
+    char ip[INET6_ADDRSTRLEN] = "?", scope[16] = "";
+    if (address->family == AF_INET) {
+        inet_ntop(AF_INET, address->ip, ip, sizeof ip);
+        snprintf(text, size, "%s:%u", ip, (unsigned)address->port);
+    } else if (address->family == AF_INET6) {
+        inet_ntop(AF_INET6, address->ip, ip, sizeof ip);
+        if (address->scope_id) snprintf(scope, sizeof scope, "%%%u", address->scope_id);
+        snprintf(text, size, "[%s%s]:%u", ip, scope, (unsigned)address->port);
+    } else if (address->family == AF_UNIX) {
+        snprintf(text, size, "unix:%s", address->path);
+    } else {
+        snprintf(text, size, "unknown address");
+    }
+    return text;
+}
+
+static const char *tcpsrv__name_text(const struct sockaddr *name, socklen_t size, char *text) {
+    tcpsrv_address address;
+    tcpsrv__address_from_sockaddr(&address, name, size);
+    return tcpsrv_address_text(&address, text, TCPSRV_ADDRESS_TEXT);
+}
+
+static int tcpsrv__local_port(int fd) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    tcpsrv_address address;
+    if (tcpsrv__sys_name(fd, &name, &size) != 0) return 0;
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    return address.port;
+}
+
+/* ---- the addresses of a name ----------------------------------------------------------------- */
+
+typedef struct tcpsrv__names {
+    struct sockaddr_storage name[TCPSRV__MAX_ADDRESSES];
+    socklen_t size[TCPSRV__MAX_ADDRESSES];
+    int count;
+} tcpsrv__names;
+
+typedef struct tcpsrv__lookup {     /* for an errand: libc's resolver needs much stack */
+    const char *host;
+    int port, family, flags, err;
+    tcpsrv__names names;
+} tcpsrv__lookup;
+
+static int tcpsrv__names_have(const tcpsrv__names *names, const struct addrinfo *info) {
+    int i;
+    for (i = 0; i < names->count; i++)
+        if (names->size[i] == info->ai_addrlen &&
+            memcmp(&names->name[i], info->ai_addr, (size_t)info->ai_addrlen) == 0)
+            return 1;
+    return 0;
+}
+
+static void tcpsrv__names_add(tcpsrv__names *names, const struct addrinfo *list, int family) {
+    for (; list; list = list->ai_next) {
+        if (list->ai_family != family || names->count == TCPSRV__MAX_ADDRESSES ||
+            list->ai_addrlen > sizeof names->name[0] || tcpsrv__names_have(names, list))
+            continue;
+        memcpy(&names->name[names->count], list->ai_addr, (size_t)list->ai_addrlen);
+        names->size[names->count++] = list->ai_addrlen;
+    }
+}
+
+/* Sorted by family, so that processes that bind the same set meet in the same order. */
+static void tcpsrv__lookup_errand(void *arg) {
+    tcpsrv__lookup *lookup = (tcpsrv__lookup *)arg;
+    struct addrinfo hints, *list = NULL;
+    char port[16];
+    memset(&hints, 0, sizeof hints);
+    hints.ai_family = lookup->family;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = lookup->flags | AI_NUMERICSERV;
+    snprintf(port, sizeof port, "%d", lookup->port);
+    lookup->names.count = 0;
+    lookup->err = tcpsrv__sys_resolve(lookup->host, port, &hints, &list);
+    if (lookup->err) return;
+    tcpsrv__names_add(&lookup->names, list, AF_INET);
+    tcpsrv__names_add(&lookup->names, list, AF_INET6);
+    freeaddrinfo(list);
+    if (!lookup->names.count) lookup->err = -EAFNOSUPPORT;
+}
+
+/* The errand, by whichever loop runs the calling coroutine; plainly where there is none. */
+static int tcpsrv__look_up(tcpsrv__lookup *lookup) {
+    tcpsrv_loop *loop = tcpsrv__thread()->turning;
+    if (loop) tcpsrv__on_loop_stack(loop, tcpsrv__lookup_errand, lookup);
+    else tcpsrv__lookup_errand(lookup);
+    return lookup->err;
+}
+
+static int tcpsrv__fail_host(int code, const char *step, const char *host, int port) {
+    char place[TCPSRV_ADDRESS_TEXT];
+    snprintf(place, sizeof place, "%s:%d", host && *host ? host : "*", port);
+    return tcpsrv__fail(code, step, place);
+}
+
+/* ---- listening ------------------------------------------------------------------------------- */
+
+static void tcpsrv__set_port(struct sockaddr_storage *name, int port) {
+    uint16_t net = htons((uint16_t)port);
+    if (name->ss_family == AF_INET6)
+        memcpy((char *)name + offsetof(struct sockaddr_in6, sin6_port), &net, sizeof net);
+    else
+        memcpy((char *)name + offsetof(struct sockaddr_in, sin_port), &net, sizeof net);
+}
+
+/* A listening socket on one address, or a code with *step saying where it failed. */
+static int tcpsrv__listen_at(const struct sockaddr *name, socklen_t size,
+                             const tcpsrv_bind_options *options, const char **step) {
+    int fd = tcpsrv__sys_socket(name->sa_family), err;
+    *step = "socket";
+    if (fd < 0) return fd;
+    *step = "setsockopt";
+    err = tcpsrv__sys_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    if (err == -ENOPROTOOPT) err = 0;
+    if (!err && options->reuse_port)
+        err = tcpsrv__sys_option(fd, SOL_SOCKET, TCPSRV__REUSE_PORT, 1);
+    if (!err && name->sa_family == AF_INET6)
+        err = tcpsrv__sys_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+    if (!err) {
+        *step = "bind";
+        err = tcpsrv__sys_bind(fd, name, size);
+    }
+    if (!err) {
+        *step = "listen";
+        err = tcpsrv__sys_listen(fd, options->backlog > 0 ? options->backlog : TCPSRV__BACKLOG);
+    }
+    if (err) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+
+/* A family that this host lacks is left out where nobody named the address itself: a container's
+   localhost may have a ::1 that no interface has. */
+static int tcpsrv__may_skip(int err, int family, const char *host) {
+    if (err == -EAFNOSUPPORT) return 1;
+    return err == -EADDRNOTAVAIL && family == AF_INET6 &&
+           (!host || strcmp(host, "localhost") == 0);
+}
+
+static void tcpsrv__close_all(const int *fds, int count) {
+    while (count > 0) tcpsrv__sys_close(fds[--count]);
+}
+
+/* One try to bind them all; 0 stands for any port, the same for all. */
+static int tcpsrv__bind_names(tcpsrv__lookup *lookup, const tcpsrv_bind_options *options,
+                              int *fds, int max) {
+    char place[TCPSRV_ADDRESS_TEXT];
+    const char *step = "bind";
+    int i, fd, n = 0, port = lookup->port, err = -EAFNOSUPPORT;
+    for (i = 0; i < lookup->names.count; i++) {
+        struct sockaddr_storage *name = &lookup->names.name[i];
+        tcpsrv__set_port(name, port);
+        fd = n < max ? tcpsrv__listen_at((const struct sockaddr *)name, lookup->names.size[i],
+                                         options, &step)
+                     : -ENOSPC;
+        if (fd >= 0) {
+            fds[n++] = fd;
+            if (!port) port = tcpsrv__local_port(fd);
+            continue;
+        }
+        err = fd;
+        if (tcpsrv__may_skip(err, name->ss_family, lookup->host)) continue;
+        tcpsrv__close_all(fds, n);
+        tcpsrv__name_text((const struct sockaddr *)name, lookup->names.size[i], place);
+        return tcpsrv__fail(err, step, place);
+    }
+    return n ? n : tcpsrv__fail_host(err, step, lookup->host, lookup->port);
+}
+
+TCPSRV_IMPL int tcpsrv_bind_sockets(int port, const char *address,
+                                    const tcpsrv_bind_options *options, int *fds, int max) {
+    static const tcpsrv_bind_options defaults = { 0, 0, 0 };
+    tcpsrv__lookup *lookup;
+    int n, tries = 0;
+    if (port < 0 || port > 65535) return tcpsrv__fail_host(-EINVAL, "bind", address, port);
+    if (!options) options = &defaults;
+    if (options->reuse_port && TCPSRV__REUSE_PORT < 0)
+        return tcpsrv__fail_host(-ENOTSUP, "reuse_port", address, port);
+    lookup = (tcpsrv__lookup *)tcpsrv__alloc(sizeof *lookup);
+    if (!lookup) return tcpsrv__fail_host(-ENOMEM, "bind", address, port);
+    lookup->host = address && *address ? address : NULL;
+    lookup->port = port;
+    lookup->family = options->family;
+    lookup->flags = AI_PASSIVE;
+    n = tcpsrv__look_up(lookup);
+    if (n) {
+        tcpsrv__fail_host(n, "resolve", address, port);
+    } else {
+        do
+            n = tcpsrv__bind_names(lookup, options, fds, max);
+        while (n == -EADDRINUSE && port == 0 && ++tries < TCPSRV__PORT_TRIES);
+    }
+    tcpsrv__free(lookup);
+    return n;
+}
+
+/* ---- Unix sockets ---------------------------------------------------------------------------- */
+
+/* Which socket files this process made. An entry goes when a server closes the socket. */
+typedef struct tcpsrv__unix_file {
+    struct tcpsrv__unix_file *next;
+    int fd;
+    long pid;
+    dev_t device;
+    ino_t inode;
+    char path[sizeof(struct sockaddr_un)];
+} tcpsrv__unix_file;
+
+static tcpsrv__unix_file *tcpsrv__unix_files;
+static pthread_mutex_t tcpsrv__unix_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static tcpsrv__unix_file *tcpsrv__unix_take(int fd) {
+    tcpsrv__unix_file **at = &tcpsrv__unix_files, *file;
+    pthread_mutex_lock(&tcpsrv__unix_lock);
+    while (*at && (*at)->fd != fd) at = &(*at)->next;
+    file = *at;
+    if (file) *at = file->next;
+    pthread_mutex_unlock(&tcpsrv__unix_lock);
+    return file;
+}
+
+/* Before a listening socket is closed: its file goes too, if this process made it and it still is
+   the one there. */
+static void tcpsrv__unix_socket_forget(int fd) {
+    tcpsrv__unix_file *file = tcpsrv__unix_take(fd);
+    struct stat status;
+    if (!file) return;
+    if (file->pid == tcpsrv__sys_pid() && tcpsrv__sys_lstat(file->path, &status) == 0 &&
+        status.st_dev == file->device && status.st_ino == file->inode)
+        tcpsrv__sys_unlink(file->path);
+    tcpsrv__free(file);
+}
+
+static int tcpsrv__unix_remember(int fd, const char *path) {
+    tcpsrv__unix_file *file = (tcpsrv__unix_file *)tcpsrv__alloc(sizeof *file);
+    struct stat status;
+    int err = file ? tcpsrv__sys_lstat(path, &status) : -ENOMEM;
+    tcpsrv__free(tcpsrv__unix_take(fd)); /* of a descriptor that was closed elsewhere */
+    if (err) {
+        tcpsrv__free(file);
+        return err;
+    }
+    file->fd = fd;
+    file->pid = tcpsrv__sys_pid();
+    file->device = status.st_dev;
+    file->inode = status.st_ino;
+    memcpy(file->path, path, strlen(path) + 1);
+    pthread_mutex_lock(&tcpsrv__unix_lock);
+    file->next = tcpsrv__unix_files;
+    tcpsrv__unix_files = file;
+    pthread_mutex_unlock(&tcpsrv__unix_lock);
+    return 0;
+}
+
+/* "@name" is an abstract name, without a file (unix(7)). */
+static int tcpsrv__unix_name(const char *path, struct sockaddr_un *name, socklen_t *size) {
+    size_t length = strlen(path);
+    memset(name, 0, sizeof *name);
+    name->sun_family = AF_UNIX;
+    if (length == 0) return -EINVAL;
+    if (length >= sizeof name->sun_path) return -ENAMETOOLONG;
+    memcpy(name->sun_path, path, length);
+    *size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length + 1);
+    if (path[0] != '@') return 0;
+    if (!TCPSRV__LINUX) return -ENOTSUP;
+    name->sun_path[0] = 0;
+    *size -= 1;
+    return 0;
+}
+
+/* What is in the way of a bind: 0 where it was a socket that nobody listens on, now removed. */
+static int tcpsrv__unix_replace_dead(const char *path, const struct sockaddr_un *name,
+                                     socklen_t size) {
+    struct stat before, after;
+    int fd, err = tcpsrv__sys_lstat(path, &before);
+    if (err) return err == -ENOENT ? 0 : err;
+    if (!S_ISSOCK(before.st_mode)) return -EEXIST;
+    fd = tcpsrv__sys_socket(AF_UNIX);
+    if (fd < 0) return fd;
+    err = tcpsrv__sys_connect(fd, (const struct sockaddr *)name, size);
+    tcpsrv__sys_close(fd);
+    if (err != -ECONNREFUSED) return err == -EACCES ? err : -EADDRINUSE;
+    err = tcpsrv__sys_lstat(path, &after);
+    if (err) return err == -ENOENT ? 0 : err;
+    if (after.st_ino != before.st_ino || after.st_dev != before.st_dev) return -EADDRINUSE;
+    return tcpsrv__sys_unlink(path);
+}
+
+/* Nobody can connect before listen, so that the mode is in force from the first. */
+static int tcpsrv__unix_bind(int fd, const char *path, unsigned mode) {
+    struct sockaddr_un name;
+    socklen_t size;
+    int err = tcpsrv__unix_name(path, &name, &size);
+    if (!err) err = tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
+    if (err == -EADDRINUSE && path[0] != '@') {
+        err = tcpsrv__unix_replace_dead(path, &name, size);
+        if (!err) err = tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
+    }
+    if (err || path[0] == '@') return err;
+    err = tcpsrv__unix_remember(fd, path);
+    if (err) tcpsrv__sys_unlink(path);
+    return err ? err : tcpsrv__sys_chmod(path, mode ? mode : 0600);
+}
+
+TCPSRV_IMPL int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int backlog) {
+    int err, fd = tcpsrv__sys_socket(AF_UNIX);
+    if (fd < 0) return tcpsrv__fail(fd, "socket", path);
+    err = tcpsrv__unix_bind(fd, path, mode);
+    if (!err) err = tcpsrv__sys_listen(fd, backlog > 0 ? backlog : TCPSRV__BACKLOG);
+    if (!err) return fd;
+    tcpsrv__unix_socket_forget(fd);
+    tcpsrv__sys_close(fd);
+    return tcpsrv__fail(err, "bind unix", path);
+}
+
+/* ---- connecting ------------------------------------------------------------------------------ */
+
+static int tcpsrv__lookup_numeric(tcpsrv__lookup *lookup, const char *host, int port, int family) {
+    memset(lookup, 0, sizeof *lookup);
+    if (!host || port < 0 || port > 65535) return -EINVAL;
+    lookup->host = host;
+    lookup->port = port;
+    lookup->family = family;
+    lookup->flags = AI_NUMERICHOST;
+    return tcpsrv__look_up(lookup);
+}
+
+/* With any port the kernel chooses at connect, where one pair of addresses has 64 K of them, not
+   at bind (IP_BIND_ADDRESS_NO_PORT, ip(7)). */
+static int tcpsrv__bind_source(int fd, tcpsrv__lookup *lookup, int family,
+                               const tcpsrv_connect_options *options) {
+    const char *any = family == AF_INET6 ? "::" : "0.0.0.0";
+    int err;
+    if (!options->source_host && !options->source_port) return 0;
+    err = tcpsrv__lookup_numeric(lookup, options->source_host ? options->source_host : any,
+                                 options->source_port, family);
+    if (!err && !options->source_port && TCPSRV__BIND_NO_PORT >= 0)
+        tcpsrv__sys_option(fd, IPPROTO_IP, TCPSRV__BIND_NO_PORT, 1);
+    if (!err) err = tcpsrv__sys_bind(fd, (const struct sockaddr *)&lookup->names.name[0],
+                                     lookup->names.size[0]);
+    return err ? tcpsrv__fail_host(err, "bind source", options->source_host,
+                                   options->source_port) : 0;
+}
+
+/* Begins a connection. The descriptor, or a code with the failure recorded. */
+static int tcpsrv__connect_begin(const struct sockaddr *name, socklen_t size,
+                                 tcpsrv__lookup *scratch, const tcpsrv_connect_options *options,
+                                 int *in_progress) {
+    char place[TCPSRV_ADDRESS_TEXT];
+    int err, fd = tcpsrv__sys_socket(name->sa_family);
+    if (fd < 0) return tcpsrv__fail(fd, "socket", NULL);
+    err = scratch ? tcpsrv__bind_source(fd, scratch, name->sa_family, options) : 0;
+    if (!err) {
+        err = tcpsrv__sys_connect(fd, name, size);
+        if (err < 0) tcpsrv__fail(err, "connect", tcpsrv__name_text(name, size, place));
+    }
+    *in_progress = err == 1;
+    if (err >= 0) return fd;
+    tcpsrv__sys_close(fd);
+    return err;
+}
+
+static int tcpsrv__connect_unix(const tcpsrv_connect_options *options, tcpsrv_address *address,
+                                int *in_progress) {
+    struct sockaddr_un name;
+    socklen_t size;
+    int err = tcpsrv__unix_name(options->path, &name, &size);
+    if (err) return tcpsrv__fail(err, "connect", options->path);
+    tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
+    return tcpsrv__connect_begin((const struct sockaddr *)&name, size, NULL, options, in_progress);
+}
+
+static int tcpsrv__connect_socket(const tcpsrv_connect_options *options, tcpsrv_address *address,
+                                  int *in_progress) {
+    struct sockaddr_storage name;
+    tcpsrv__lookup *lookup;
+    socklen_t size;
+    int result;
+    if (options->path) return tcpsrv__connect_unix(options, address, in_progress);
+    lookup = (tcpsrv__lookup *)tcpsrv__alloc(sizeof *lookup);
+    if (!lookup) return tcpsrv__fail_host(-ENOMEM, "connect", options->host, options->port);
+    result = options->port > 0
+                 ? tcpsrv__lookup_numeric(lookup, options->host, options->port, AF_UNSPEC)
+                 : -EINVAL;
+    if (result) {
+        tcpsrv__fail_host(result, "connect", options->host, options->port);
+    } else {
+        name = lookup->names.name[0];
+        size = lookup->names.size[0];
+        tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
+        result = tcpsrv__connect_begin((const struct sockaddr *)&name, size, lookup, options,
+                                       in_progress);
+    }
+    tcpsrv__free(lookup);
+    return result;
+}
+
+/* ---- errors in words ------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__code_name {
+    int code;
+    const char *name;
+} tcpsrv__code_name;
+
+static const tcpsrv__code_name tcpsrv__code_names[] = {
+    { 0, "success" },
+    { TCPSRV_EOF, "the peer has finished" },
+    { TCPSRV_ECLOSED, "closed on this side" },
+    { TCPSRV_ECANCELED, "cancelled" },
+    { TCPSRV_EBUSY, "busy: another call has not ended" },
+    { TCPSRV_ETOOBIG, "the message is longer than allowed" },
+    { TCPSRV_EBUFFULL, "the output buffer is full" },
+    { TCPSRV_ETIMEDOUT, "timed out" },
+    { TCPSRV_ENOTCORO, "a waiting call outside a coroutine while the loop runs" },
+    { TCPSRV_EREFUSED, "refused by the message's framing" }
+};
+
+TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
+    size_t i;
+    for (i = 0; i < sizeof tcpsrv__code_names / sizeof tcpsrv__code_names[0]; i++)
+        if (tcpsrv__code_names[i].code == code) return tcpsrv__code_names[i].name;
+    if (code <= TCPSRV_ERESOLVE) return tcpsrv__sys_resolve_text(TCPSRV_ERESOLVE - code);
+    return code < 0 && code > TCPSRV_EOF ? strerror(-code) : "unknown code";
+}
+
+TCPSRV_IMPL const char *tcpsrv_last_error(void) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    if (!thread->error) return "";
+    if (thread->peer.family)
+        tcpsrv_address_text(&thread->peer, thread->place, sizeof thread->place);
+    snprintf(thread->text, sizeof thread->text, "%s%s%s: %s", thread->step,
+             thread->place[0] ? " " : "", thread->place, tcpsrv_strerror(thread->error));
+    return thread->text;
+}
+
+/* ---- streams that are not accepted ----------------------------------------------------------- */
+
+/* NULL, with the failure recorded. A descriptor that became a stream's is closed with it. */
+static tcpsrv_stream *tcpsrv__lone_start(tcpsrv_loop *loop, int fd, int directions,
+                                         const tcpsrv_connect_options *options) {
+    tcpsrv__lone *lone = tcpsrv__lone_new(options);
+    int err = lone ? 0 : -ENOMEM;
+    if (!err) {
+        tcpsrv__refresh_now(loop);
+        err = tcpsrv__stream_init(&lone->stream, loop, &lone->owner, fd, directions);
+    }
+    if (!err) return &lone->stream;
+    tcpsrv__free(lone);
+    tcpsrv__fail(err, "stream", NULL);
+    return NULL;
+}
+
+static void tcpsrv__peer_of(tcpsrv_stream *stream, int fd) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    tcpsrv_address address;
+    memset(&address, 0, sizeof address);
+    if (tcpsrv__sys_peer_name(fd, &name, &size) == 0)
+        tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    tcpsrv__name_peer(&stream->peer, &address);
+}
+
+TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
+                                          const tcpsrv_connect_options *options) {
+    tcpsrv_stream *stream;
+    tcpsrv_address address;
+    int in_progress, fd = tcpsrv__connect_socket(options, &address, &in_progress);
+    if (fd < 0) return NULL;
+    if (!options->no_nodelay && address.family != AF_UNIX) tcpsrv__sys_nodelay(fd, 1);
+    stream = tcpsrv__lone_start(loop, fd, TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE, options);
+    if (!stream) {
+        tcpsrv__sys_close(fd);
+        return NULL;
+    }
+    stream->connecting = in_progress != 0;
+    stream->deep = address.family == AF_UNIX;
+    tcpsrv__name_peer(&stream->peer, &address);
+    if (!in_progress || options->timeout_ms <= 0) return stream;
+    if (tcpsrv__extra_make(stream)) {
+        stream->extra->connect_due = loop->now + tcpsrv__ms_to_ns(options->timeout_ms);
+        if (tcpsrv__alarm_arm(stream) == 0) return stream;
+    }
+    tcpsrv_abort(stream);
+    tcpsrv__fail(-ENOMEM, "connect", NULL);
+    return NULL;
+}
+
+TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
+    tcpsrv_stream *stream;
+    int is_socket = tcpsrv__sys_is_socket(fd), nonblocking, err;
+    nonblocking = is_socket < 0 ? is_socket : tcpsrv__sys_is_nonblocking(fd);
+    err = nonblocking < 0 ? nonblocking : tcpsrv__sys_set_nonblocking(fd);
+    if (err) {
+        tcpsrv__fail(err, "stream_from_fd", NULL);
+        return NULL;
+    }
+    stream = tcpsrv__lone_start(loop, fd, TCPSRV__EVENT_READ, NULL);
+    if (!stream) {
+        if (!nonblocking) tcpsrv__sys_set_blocking(fd);
+        return NULL;
+    }
+    stream->io = is_socket ? &tcpsrv__plain : &tcpsrv__file;
+    stream->was_blocking = !nonblocking;
+    stream->deep = 1;
+    if (is_socket) tcpsrv__peer_of(stream, fd);
+    return stream;
+}
+
+TCPSRV_IMPL int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    int err = stream->source.fd < 0 ? TCPSRV_ECLOSED
+                                    : tcpsrv__sys_name(stream->source.fd, &name, &size);
+    if (err) return tcpsrv__fail_at(err, "local", &stream->peer);
+    tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
+    return 0;
+}
+
+/* ==== >>server ================================================================================ */
+
+/* Owns listening sockets and what the streams made from them have in common. Accepting never dies:
+   whatever goes wrong, a listener is at worst taken out of the poller for a while, and a timer or
+   the end of a connection brings it back. */
+
+enum {
+    TCPSRV__PAUSE_MS = 50,
+    TCPSRV__PAUSE_MAX_MS = 1000,
+    TCPSRV__ACCEPT_BURST = 64,
+    TCPSRV__SHED = 4,               /* connections refused at once when descriptors have run out */
+    TCPSRV__READD = 16,             /* accepts after which a shared listener queues up anew */
+    TCPSRV__LOG_CAUSES = 8
+};
+
+typedef struct tcpsrv__listener {
+    tcpsrv__source source;
+    struct tcpsrv__listener *next;
+    tcpsrv *server;
+    uint64_t last_turn;
+    int burst, accepted, polled;
+} tcpsrv__listener;
+
+typedef struct tcpsrv__log_cause {
+    int code;
+    uint64_t next;                  /* when it may be logged again */
+    unsigned missed;
+} tcpsrv__log_cause;
+
+struct tcpsrv {
+    tcpsrv__source source;
+    tcpsrv__owner owner;            /* streams know their server by it */
+    tcpsrv_options options;
+    tcpsrv_loop *loop;              /* NULL: not started, or the loop was freed */
+    tcpsrv__listener *listeners;
+    int *bound;                     /* sockets that wait for start */
+    int bound_count;
+    int reserve_fd;
+    int started, at_limit, freed, drained_told, busy;
+    size_t handlers;                /* coroutines that have not returned */
+    int64_t pause_ms;
+    tcpsrv__timer pause_timer, drain_timer;
+    tcpsrv__log_cause causes[TCPSRV__LOG_CAUSES];
+};
+
+static tcpsrv *tcpsrv__server_of(tcpsrv__owner *owner) {
+    return TCPSRV__CONTAINER(tcpsrv, owner, owner);
+}
+
+/* ---- logging --------------------------------------------------------------------------------- */
+
+static void tcpsrv__log(tcpsrv *server, int level, const char *line) {
+    if (server->options.log) server->options.log(level, line, server->options.user);
+    else tcpsrv__log_default(level, line);
+}
+
+/* At most one line a second for each cause; the next one says how many were left out. */
+static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char *what,
+                                const char *place) {
+    uint64_t now = tcpsrv__clock_ns();
+    tcpsrv__log_cause *cause = server->causes, *at;
+    char line[320];
+    for (at = server->causes; at < server->causes + TCPSRV__LOG_CAUSES; at++) {
+        if (at->code == code) {
+            cause = at;
+            break;
+        }
+        if (at->next < cause->next) cause = at;
+    }
+    if (cause->code == code && now < cause->next) {
+        cause->missed++;
+        return;
+    }
+    snprintf(line, sizeof line, cause->code == code && cause->missed ? "%s%s%s: %s (%u more since)"
+                                                                     : "%s%s%s: %s",
+             what, place ? " " : "", place ? place : "", tcpsrv_strerror(code), cause->missed);
+    cause->code = code;
+    cause->missed = 0;
+    cause->next = now + 1000000000u;
+    tcpsrv__log(server, level, line);
+}
+
+/* How a handler ended, where that is not an ordinary end. */
+static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv__peer_name *peer) {
+    char place[TCPSRV_ADDRESS_TEXT];
+    tcpsrv_address address;
+    int level = TCPSRV_LOG_ERROR;
+    if (result == 0 || result == TCPSRV_EOF || result == TCPSRV_ECLOSED ||
+        result == TCPSRV_ECANCELED)
+        return;
+    if (result == -ECONNRESET || result == -EPIPE || result == -ETIMEDOUT ||
+        result == -ECONNABORTED || result == TCPSRV_ETIMEDOUT)
+        level = TCPSRV_LOG_DEBUG;
+    tcpsrv__name_address(peer, &address);
+    tcpsrv_address_text(&address, place, sizeof place);
+    tcpsrv__log_limited(server, level, result, "connection from", place);
+}
+
+/* ---- the end of a server --------------------------------------------------------------------- */
+
+static void tcpsrv__server_release(tcpsrv *server) {
+    if (server->reserve_fd >= 0) tcpsrv__sys_close(server->reserve_fd);
+    tcpsrv__free(server->bound);
+    tcpsrv__free(server);
+}
+
+/* Gone once it was freed, and nothing of it runs or is open any more. */
+static void tcpsrv__server_settle(tcpsrv *server) {
+    tcpsrv_loop *loop = server->loop;
+    if (server->busy || server->handlers || server->owner.stats.active) return;
+    if (server->freed && loop) {
+        tcpsrv__timer_cancel(loop, &server->pause_timer);
+        tcpsrv__timer_cancel(loop, &server->drain_timer);
+        tcpsrv__source_end(&server->source);
+    } else if (server->freed) {
+        tcpsrv__server_release(server);
+    } else if (server->owner.draining && !server->drained_told && loop) {
+        tcpsrv__timer_arm(loop, &server->drain_timer, loop->now);
+    }
+}
+
+/* The loop is being freed: the server goes on without one. */
+static void tcpsrv__server_drop(tcpsrv__source *source) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, source, source);
+    tcpsrv__timer_cancel(source->loop, &server->pause_timer);
+    tcpsrv__timer_cancel(source->loop, &server->drain_timer);
+    tcpsrv__slot_release(source->loop, source->id);
+    server->loop = NULL;
+    tcpsrv__server_settle(server);
+}
+
+static void tcpsrv__server_destroy(tcpsrv__source *source) {
+    tcpsrv__server_release(TCPSRV__CONTAINER(tcpsrv, source, source));
+}
+
+static const tcpsrv__class tcpsrv__server_class = {
+    NULL, NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy
+};
+
+/* ---- pausing --------------------------------------------------------------------------------- */
+
+static void tcpsrv__listener_poll(tcpsrv__listener *listener, int on) {
+    tcpsrv__poller *poller = &listener->source.loop->poller;
+    int shared = tcpsrv_task_id() >= 0, err;
+    if (on == listener->polled) return;
+    listener->polled = on;
+    if (!on) {
+        tcpsrv__poller_remove(poller, listener->source.fd);
+        return;
+    }
+    err = tcpsrv__poller_add_listener(poller, listener->source.fd, listener->source.id, shared);
+    if (!err) return;
+    listener->polled = 0;
+    tcpsrv__timer_arm(listener->source.loop, &listener->server->pause_timer,
+                      listener->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__PAUSE_MAX_MS));
+}
+
+static void tcpsrv__listeners_poll(tcpsrv *server, int on) {
+    tcpsrv__listener *listener;
+    for (listener = server->listeners; listener; listener = listener->next)
+        tcpsrv__listener_poll(listener, on);
+}
+
+/* For a growing time, until an accept succeeds. */
+static void tcpsrv__accept_pause(tcpsrv *server) {
+    server->owner.stats.accept_pauses++;
+    tcpsrv__listeners_poll(server, 0);
+    tcpsrv__timer_arm(server->loop, &server->pause_timer,
+                      server->loop->now + tcpsrv__ms_to_ns(server->pause_ms));
+    server->pause_ms *= 2;
+    if (server->pause_ms > TCPSRV__PAUSE_MAX_MS) server->pause_ms = TCPSRV__PAUSE_MAX_MS;
+}
+
+static void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, pause_timer, timer);
+    (void)loop;
+    if (!server->at_limit) tcpsrv__listeners_poll(server, 1);
+}
+
+/* At max_connections new ones wait in the backlog. */
+static int tcpsrv__at_limit(tcpsrv *server) {
+    if (server->owner.stats.active < server->options.max_connections) return 0;
+    if (!server->at_limit) server->owner.stats.accept_pauses++;
+    server->at_limit = 1;
+    tcpsrv__listeners_poll(server, 0);
+    return 1;
+}
+
+/* ---- connections ----------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__handler {    /* at the top of a coroutine's stack */
+    tcpsrv_stream stream;
+    tcpsrv_address address;
+    tcpsrv__co *co;
+} tcpsrv__handler;
+
+static void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream);
+
+#if TCPSRV__CORO
+static void tcpsrv__stream_free(tcpsrv_stream *stream) {
+    if (stream->in_stack)
+        tcpsrv__co_unref(TCPSRV__CONTAINER(tcpsrv__handler, stream, stream)->co);
+    else
+        tcpsrv__free(stream);
+}
+
+static int tcpsrv__handler_main(void *arg) {
+    tcpsrv__handler *handler = (tcpsrv__handler *)arg;
+    tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
+    return server->options.handle_stream(&handler->stream, &handler->address,
+                                         server->options.user);
+}
+
+/* On the loop's stack. The stream may be closing or gone already; its memory is still there. */
+static void tcpsrv__handler_end(tcpsrv__co *co) {
+    tcpsrv__handler *handler = (tcpsrv__handler *)co->arg;
+    tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
+    tcpsrv__log_result(server, co->result, &handler->stream.peer);
+    server->handlers--;
+    tcpsrv_close(&handler->stream);
+    tcpsrv__server_settle(server);
+}
+
+static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address *address,
+                                   const tcpsrv__peer_name *peer) {
+    tcpsrv__handler *handler;
+    void *memory;
+    tcpsrv__co *co = tcpsrv__co_new(server->loop, server->options.stack_size, sizeof *handler,
+                                    &memory);
+    int err;
+    if (!co) return -ENOMEM;
+    handler = (tcpsrv__handler *)memory;
+    handler->co = co;
+    handler->address = *address;
+    err = tcpsrv__stream_init(&handler->stream, server->loop, &server->owner, fd,
+                              TCPSRV__EVENT_READ);
+    if (err) {
+        co->refs = 1;
+        tcpsrv__source_end(&co->source);
+        return err;
+    }
+    handler->stream.held = handler->stream.in_stack = 1;
+    handler->stream.user = server->options.user;
+    handler->stream.peer = *peer;
+    handler->stream.deep = peer->family != AF_INET && peer->family != AF_INET6;
+    server->owner.stats.active++;
+    server->handlers++;
+    co->fn = tcpsrv__handler_main;
+    co->arg = handler;
+    co->on_end = tcpsrv__handler_end;
+    tcpsrv__co_resume(co);
+    return 0;
+}
+#else
+static void tcpsrv__stream_free(tcpsrv_stream *stream) {
+    tcpsrv__free(stream);
+}
+
+static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address *address,
+                                   const tcpsrv__peer_name *peer) {
+    (void)server, (void)fd, (void)address, (void)peer;
+    return -ENOTSUP;
+}
+#endif
+
+static void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
+    tcpsrv *server = tcpsrv__server_of(owner);
+    tcpsrv__stream_free(stream);
+    owner->stats.active--;
+    if (server->at_limit && owner->stats.active < server->options.max_connections) {
+        server->at_limit = 0;
+        if (!server->pause_timer.place) tcpsrv__listeners_poll(server, 1);
+    }
+    tcpsrv__server_settle(server);
+}
+
+static int tcpsrv__serve_callback(tcpsrv *server, int fd, const tcpsrv_address *address,
+                                  const tcpsrv__peer_name *peer) {
+    tcpsrv_stream *stream = (tcpsrv_stream *)tcpsrv__alloc(sizeof *stream);
+    int err;
+    if (!stream) return -ENOMEM;
+    err = tcpsrv__stream_init(stream, server->loop, &server->owner, fd, TCPSRV__EVENT_READ);
+    if (err) {
+        tcpsrv__free(stream);
+        return err;
+    }
+    stream->user = server->options.user;
+    stream->peer = *peer;
+    stream->deep = peer->family != AF_INET && peer->family != AF_INET6;
+    server->owner.stats.active++;
+    err = server->options.on_stream(stream, address, server->options.user);
+    if (err) {
+        tcpsrv__log_result(server, err, peer);
+        tcpsrv_close(stream);
+    }
+    return 0;
+}
+
+/* ---- accepting ------------------------------------------------------------------------------- */
+
+static void tcpsrv__serve(tcpsrv *server, int fd, const struct sockaddr *name, socklen_t size) {
+    tcpsrv_address address;
+    tcpsrv__peer_name peer;
+    int err;
+    tcpsrv__address_from_sockaddr(&address, name, size);
+    tcpsrv__name_peer(&peer, &address);
+    if (!TCPSRV__LINUX && !server->options.no_nodelay) tcpsrv__sys_nodelay(fd, 1);
+    server->owner.stats.accepted++;
+    err = server->options.handle_stream ? tcpsrv__serve_coroutine(server, fd, &address, &peer)
+                                        : tcpsrv__serve_callback(server, fd, &address, &peer);
+    tcpsrv__flush_all(server->loop);
+    if (!err) return;
+    tcpsrv__sys_close(fd);
+    server->owner.stats.shed++;
+    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "dropped a new connection", NULL);
+}
+
+/* The reserve is given up to tell a few of those who wait that nobody will serve them. */
+static void tcpsrv__shed(tcpsrv *server, int listener_fd) {
+    int i, fd;
+    if (server->reserve_fd >= 0) tcpsrv__sys_close(server->reserve_fd);
+    for (i = 0; i < TCPSRV__SHED; i++) {
+        fd = tcpsrv__sys_accept(listener_fd, NULL, NULL);
+        if (fd < 0) break;
+        tcpsrv__sys_close(fd);
+        server->owner.stats.shed++;
+    }
+    server->reserve_fd = tcpsrv__sys_reserve();
+}
+
+/* Errors of one connection, not of the listener (accept(2)). */
+static int tcpsrv__accept_skips(int err) {
+    return err == -EINTR || err == -ECONNABORTED || err == -EPROTO || err == -ENETDOWN ||
+           err == -ENOPROTOOPT || err == -EHOSTDOWN || err == -EHOSTUNREACH ||
+           err == -EOPNOTSUPP || err == -ENETUNREACH || err == -EPERM ||
+           err == -ETIMEDOUT || err == TCPSRV__ENONET;
+}
+
+/* 0: this listener has no more for now. */
+static int tcpsrv__accept_failed(tcpsrv__listener *listener, int err) {
+    tcpsrv *server = listener->server;
+    if (err == -EAGAIN || err == -EWOULDBLOCK) return 0;
+    if (tcpsrv__accept_skips(err)) return 1;
+    if (err == -EMFILE || err == -ENFILE) tcpsrv__shed(server, listener->source.fd);
+    tcpsrv__accept_pause(server);
+    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "accept paused", NULL);
+    return 0;
+}
+
+/* Linux wakes the one that queued up last first: queueing up anew now and then shares the load. */
+static void tcpsrv__listener_requeue(tcpsrv__listener *listener) {
+    if (tcpsrv_task_id() < 0 || ++listener->accepted < TCPSRV__READD) return;
+    listener->accepted = 0;
+    tcpsrv__listener_poll(listener, 0);
+    tcpsrv__listener_poll(listener, 1);
+}
+
+/* How many to accept at this event: one, and more while the backlog fills turn after turn, so that
+   a lone connection does not cost a second call that finds nothing. */
+static int tcpsrv__accept_burst(tcpsrv__listener *listener) {
+    uint64_t turn = listener->source.loop->turn;
+    int busy = turn - listener->last_turn == 1;
+    listener->last_turn = turn;
+    if (!busy || tcpsrv_task_id() >= 0) listener->burst = 1;
+    else if (listener->burst < TCPSRV__ACCEPT_BURST) listener->burst *= 2;
+    return listener->burst;
+}
+
+static void tcpsrv__accept_event(tcpsrv__source *source, int events) {
+    tcpsrv__listener *listener = TCPSRV__CONTAINER(tcpsrv__listener, source, source);
+    tcpsrv *server = listener->server;
+    int i, fd, n = tcpsrv__accept_burst(listener);
+    (void)events;
+    server->busy++;
+    for (i = 0; i < n && !source->is_gone && listener->polled; i++) {
+        struct sockaddr_storage name;
+        socklen_t size = sizeof name;
+        if (tcpsrv__at_limit(server)) break;
+        fd = tcpsrv__sys_accept(source->fd, (struct sockaddr *)&name, &size);
+        if (fd >= 0) {
+            server->pause_ms = TCPSRV__PAUSE_MS;
+            tcpsrv__serve(server, fd, (const struct sockaddr *)&name, size);
+            if (!source->is_gone) tcpsrv__listener_requeue(listener);
+        } else if (!tcpsrv__accept_failed(listener, fd)) {
+            break;
+        }
+    }
+    server->busy--;
+    tcpsrv__server_settle(server);
+}
+
+/* ---- listeners ------------------------------------------------------------------------------- */
+
+static void tcpsrv__listener_close(tcpsrv__source *source) {
+    tcpsrv__listener *listener = TCPSRV__CONTAINER(tcpsrv__listener, source, source);
+    tcpsrv__listener **at = &listener->server->listeners;
+    while (*at && *at != listener) at = &(*at)->next;
+    if (*at) *at = listener->next;
+    if (listener->polled) tcpsrv__poller_remove(&source->loop->poller, source->fd);
+    tcpsrv__unix_socket_forget(source->fd);
+    tcpsrv__sys_close(source->fd);
+    tcpsrv__source_end(source);
+}
+
+static void tcpsrv__listener_destroy(tcpsrv__source *source) {
+    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__listener, source, source));
+}
+
+static void tcpsrv__listener_drop(tcpsrv__source *source) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv__listener, source, source)->server;
+    tcpsrv__listener_close(source);
+    tcpsrv__server_settle(server);
+}
+
+static const tcpsrv__class tcpsrv__listener_class = {
+    tcpsrv__accept_event, NULL, NULL, NULL, tcpsrv__listener_drop, tcpsrv__listener_destroy
+};
+
+static int tcpsrv__listener_add(tcpsrv *server, int fd) {
+    tcpsrv__listener *listener = (tcpsrv__listener *)tcpsrv__alloc(sizeof *listener);
+    tcpsrv__listener **last = &server->listeners;
+    int err = listener ? 0 : -ENOMEM;
+    if (!err) err = tcpsrv__source_init(&listener->source, &tcpsrv__listener_class, server->loop,
+                                        fd);
+    if (err) {
+        tcpsrv__free(listener);
+        return err;
+    }
+    listener->server = server;
+    listener->burst = 1;
+    while (*last) last = &(*last)->next;
+    *last = listener;
+    if (!server->at_limit && !server->pause_timer.place) tcpsrv__listener_poll(listener, 1);
+    return 0;
+}
+
+/* ---- starting -------------------------------------------------------------------------------- */
+
+/* In a forked child whose parent is gone: as if that had sent its last SIGTERM. */
+static void tcpsrv__parent_gone(int fd, int events, void *arg) {
+    tcpsrv_loop *loop = (tcpsrv_loop *)arg;
+    (void)fd, (void)events;
+    tcpsrv_cancel(loop, loop->parent_watch);
+    tcpsrv__sys_kill(tcpsrv__sys_pid(), SIGTERM);
+}
+
+static void tcpsrv__watch_parent(tcpsrv_loop *loop) {
+    if (tcpsrv__lifeline < 0 || loop->parent_watch > 0) return;
+    loop->parent_watch = tcpsrv_watch_fd(loop, tcpsrv__lifeline, TCPSRV_READ,
+                                         tcpsrv__parent_gone, loop);
+}
+
+/* The server belongs to a loop from now on. */
+static int tcpsrv__server_attach(tcpsrv *server) {
+    tcpsrv_loop *loop = server->loop;
+    int err;
+    if (loop) return 0;
+    loop = server->options.loop ? server->options.loop : tcpsrv_loop_default();
+    if (!loop) return tcpsrv__thread()->error;
+    err = tcpsrv__timer_reserve(loop, 2);
+    if (!err) err = tcpsrv__source_init(&server->source, &tcpsrv__server_class, loop, -1);
+    if (err) return err;
+    tcpsrv__watch_parent(loop);
+    server->loop = loop;
+    if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
+    return 0;
+}
+
+static int tcpsrv__prepare_socket(tcpsrv *server, int fd) {
+    int err = tcpsrv__sys_listens(fd);
+    if (!err) err = tcpsrv__set_cloexec_nonblock(fd);
+    if (!err && !server->options.no_nodelay) tcpsrv__sys_nodelay(fd, 1); /* inherited on Linux */
+    return err;
+}
+
+TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
+    int i, err = tcpsrv__server_attach(server), done = 0;
+    for (i = 0; i < count && !err; i++) {
+        err = tcpsrv__prepare_socket(server, fds[i]);
+        if (!err) err = tcpsrv__listener_add(server, fds[i]);
+        if (!err) done++;
+    }
+    for (i = done; i < count; i++) {
+        tcpsrv__unix_socket_forget(fds[i]);
+        tcpsrv__sys_close(fds[i]);
+    }
+    server->started = 1;
+    server->owner.draining = server->drained_told = 0;
+    return err ? tcpsrv__fail(err, "add_sockets", NULL) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_add_socket(tcpsrv *server, int fd) {
+    return tcpsrv_add_sockets(server, &fd, 1);
+}
+
+TCPSRV_IMPL int tcpsrv_bind(tcpsrv *server, int port, const char *address,
+                            const tcpsrv_bind_options *options) {
+    int fds[TCPSRV__MAX_ADDRESSES], *grown, i;
+    int n = tcpsrv_bind_sockets(port, address, options, fds, TCPSRV__MAX_ADDRESSES);
+    if (n < 0) return n;
+    if (server->started) return tcpsrv_add_sockets(server, fds, n);
+    grown = (int *)TCPSERVER_REALLOC(server->bound,
+                                     (size_t)(server->bound_count + n) * sizeof *grown);
+    if (!grown) {
+        for (i = 0; i < n; i++) tcpsrv__sys_close(fds[i]);
+        return tcpsrv__fail(-ENOMEM, "bind", address);
+    }
+    memcpy(grown + server->bound_count, fds, (size_t)n * sizeof *grown);
+    server->bound = grown;
+    server->bound_count += n;
+    return 0;
+}
+
+TCPSRV_IMPL int tcpsrv_start(tcpsrv *server, int num_processes) {
+    int err = 0, n;
+    if (server->started) return tcpsrv__fail(TCPSRV_EBUSY, "start", NULL);
+    if (num_processes != 1) {
+        err = tcpsrv_fork_processes(num_processes, -1);
+        if (err < 0) return err;
+    }
+    n = server->bound_count;
+    server->bound_count = 0;
+    return tcpsrv_add_sockets(server, server->bound, n);
+}
+
+TCPSRV_IMPL int tcpsrv_listen(tcpsrv *server, int port, const char *address) {
+    int err = tcpsrv_bind(server, port, address, NULL);
+    if (!err && !server->started) err = tcpsrv_start(server, 1);
+    return err;
+}
+
+/* ---- stopping -------------------------------------------------------------------------------- */
+
+TCPSRV_IMPL void tcpsrv_stop(tcpsrv *server) {
+    while (server->listeners) tcpsrv__listener_close(&server->listeners->source);
+    while (server->bound_count > 0) {
+        tcpsrv__unix_socket_forget(server->bound[--server->bound_count]);
+        tcpsrv__sys_close(server->bound[server->bound_count]);
+    }
+    if (server->loop) tcpsrv__timer_cancel(server->loop, &server->pause_timer);
+}
+
+/* The server's live stream in that slot, or NULL. */
+static tcpsrv_stream *tcpsrv__stream_in_slot(tcpsrv *server, uint32_t number) {
+    tcpsrv__source *source = server->loop->slots[number].source;
+    tcpsrv_stream *stream;
+    if (!source || source->type != &tcpsrv__stream_class) return NULL;
+    stream = tcpsrv__stream_of(source);
+    return stream->owner == &server->owner ? stream : NULL;
+}
+
+TCPSRV_IMPL void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream, void *arg),
+                                void *arg) {
+    uint32_t i, end = server->loop ? server->loop->slot_count : 0;
+    server->busy++;
+    for (i = 1; i < end && server->loop; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        if (stream && !stream->closing) fn(stream, arg);
+    }
+    server->busy--;
+    tcpsrv__server_settle(server);
+}
+
+static void tcpsrv__abort_all(tcpsrv *server) {
+    uint32_t i, end = server->loop ? server->loop->slot_count : 0;
+    for (i = 1; i < end; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        if (stream) tcpsrv_abort(stream);
+    }
+}
+
+TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
+    if (!server || server->freed) return;
+    server->freed = 1;
+    tcpsrv_stop(server);
+    tcpsrv__abort_all(server);
+    tcpsrv__server_settle(server);
+}
+
+static void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
+    if (server->owner.stats.active || server->handlers) {
+        tcpsrv__abort_all(server);
+    } else if (!server->drained_told) {
+        server->drained_told = 1;
+        if (server->options.on_drained) server->options.on_drained(server, server->options.user);
+        else tcpsrv_loop_stop(loop);
+    }
+}
+
+/* Waiting reads are looked at again, and those at a message boundary end. */
+static void tcpsrv__drain_stream(tcpsrv_stream *stream, void *arg) {
+    (void)arg;
+    tcpsrv__make_ready(&stream->source);
+}
+
+TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
+    tcpsrv_loop *loop = server->loop;
+    tcpsrv_stop(server);
+    if (!loop) return;
+    server->owner.draining = 1;
+    server->drained_told = 0;
+    tcpsrv__refresh_now(loop);
+    if (timeout_ms >= 0)
+        tcpsrv__timer_arm(loop, &server->drain_timer, loop->now + tcpsrv__ms_to_ns(timeout_ms));
+    tcpsrv_foreach(server, tcpsrv__drain_stream, NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_draining(const tcpsrv *server) {
+    return server->owner.draining;
+}
+
+/* ---- making a server ------------------------------------------------------------------------- */
+
+/* The one place where zero becomes the default. */
+static void tcpsrv__options_fill(tcpsrv_options *options) {
+    size_t descriptors = tcpsrv__sys_descriptor_limit();
+    if (!options->max_buffer_size) options->max_buffer_size = TCPSRV__MAX_BUFFER;
+    if (!options->max_write_buffer_size) options->max_write_buffer_size = TCPSRV__MAX_BUFFER;
+    if (!options->write_high_water) options->write_high_water = TCPSRV__HIGH_WATER;
+    if (!options->read_chunk_size) options->read_chunk_size = TCPSRV__CHUNK;
+    if (!options->stack_size) options->stack_size = TCPSRV__STACK_SIZE;
+    if (!options->close_timeout_ms) options->close_timeout_ms = TCPSRV__CLOSE_MS;
+    if (!options->max_connections)
+        options->max_connections = descriptors > 64 ? descriptors - 32 : descriptors / 2;
+}
+
+TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
+    tcpsrv *server;
+    int err = 0;
+    if (!options || !options->handle_stream == !options->on_stream) err = -EINVAL;
+    else if (options->handle_stream && !TCPSRV__CORO) err = -ENOTSUP;
+    server = err ? NULL : (tcpsrv *)tcpsrv__alloc(sizeof *server);
+    if (!server) {
+        tcpsrv__fail(err ? err : -ENOMEM, "new", err == -EINVAL ? "one of handle_stream and "
+                                                                  "on_stream" : NULL);
+        return NULL;
+    }
+    server->options = *options;
+    tcpsrv__options_fill(&server->options);
+    server->owner.max_buffer_size = server->options.max_buffer_size;
+    server->owner.max_write_buffer_size = server->options.max_write_buffer_size;
+    server->owner.write_high_water = server->options.write_high_water;
+    server->owner.read_chunk_size = server->options.read_chunk_size;
+    server->owner.idle_ns = tcpsrv__ms_to_ns(server->options.idle_timeout_ms);
+    server->owner.close_ns = tcpsrv__ms_to_ns(server->options.close_timeout_ms);
+    server->owner.gone = tcpsrv__stream_gone;
+    server->reserve_fd = -1;
+    server->pause_ms = TCPSRV__PAUSE_MS;
+    server->pause_timer.fire = tcpsrv__pause_fire;
+    server->drain_timer.fire = tcpsrv__drain_fire;
+    return server;
+}
+
+TCPSRV_IMPL const tcpsrv_options *tcpsrv_get_options(const tcpsrv *server) {
+    return &server->options;
+}
+
+TCPSRV_IMPL int tcpsrv_port(const tcpsrv *server, int index) {
+    const tcpsrv__listener *listener = server->listeners;
+    int i;
+    for (i = 0; i < index && listener; i++) listener = listener->next;
+    if (index >= 0 && listener) return tcpsrv__local_port(listener->source.fd);
+    if (index >= 0 && index < server->bound_count)
+        return tcpsrv__local_port(server->bound[index]);
+    return tcpsrv__fail(-ENOENT, "port", NULL);
+}
+
+TCPSRV_IMPL void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats) {
+    *stats = server->owner.stats;
+}
+
+/* ==== >>process =============================================================================== */
+
+/* Owns the children of tcpsrv_fork_processes. The parent has no loop: it sleeps until a signal or
+   the end of a child's pause, and every wake-up looks at all children, so that no signal can be
+   missed. */
+
+enum {
+    TCPSRV__MAX_RESTARTS = 100,
+    TCPSRV__RESTART_MS = 50,
+    TCPSRV__RESTART_MAX_MS = 30000,
+    TCPSRV__SETTLED_MS = 10000,     /* a child that lived so long is no crash loop */
+    TCPSRV__GIVE_UP_MS = 10000      /* for the others to end when the parent gives up */
+};
+
+typedef struct tcpsrv__child {
+    long pid;                       /* 0: not running */
+    int ended;                      /* for good */
+    int64_t pause_ms;               /* before the next restart */
+    uint64_t started, restart_at;
+} tcpsrv__child;
+
+typedef struct tcpsrv__family {
+    tcpsrv__child *children;
+    int count, restarts_left;
+    int ending, gave_up, killed;
+    uint64_t kill_at;
+    int lifeline[2];                /* nobody writes: children see the end of it with the parent */
+    tcpsrv__waker waker;
+    long pid;
+} tcpsrv__family;
+
+TCPSRV_IMPL int tcpsrv_task_id(void) {
+    return tcpsrv__own_task_id;
+}
+
+TCPSRV_IMPL int tcpsrv_cpu_count(void) {
+    int count = tcpsrv__sys_cpu_count();
+    return count > 0 ? count : 1;
+}
+
+static void tcpsrv__family_log(int level, const char *what, int task_id, int status) {
+    char line[160];
+    if (WIFSIGNALED(status))
+        snprintf(line, sizeof line, "child %d %s: killed by signal %d", task_id, what,
+                 WTERMSIG(status));
+    else
+        snprintf(line, sizeof line, "child %d %s: exit status %d", task_id, what,
+                 WEXITSTATUS(status));
+    tcpsrv__log_default(level, line);
+}
+
+static int tcpsrv__family_signals(tcpsrv__family *family) {
+    static const int signals[] = { SIGTERM, SIGINT, SIGCHLD };
+    int i, err = 0;
+    for (i = 0; i < 3 && !err; i++)
+        err = tcpsrv__sys_catch_signal(signals[i], family->waker.write_fd);
+    while (err && --i > 0) tcpsrv__sys_restore_signal(signals[i - 1]);
+    return err;
+}
+
+static void tcpsrv__family_restore(tcpsrv__family *family) {
+    tcpsrv__sys_restore_signal(SIGTERM);
+    tcpsrv__sys_restore_signal(SIGINT);
+    tcpsrv__sys_restore_signal(SIGCHLD);
+    tcpsrv__waker_close(&family->waker);
+    tcpsrv__sys_close(family->lifeline[1]);
+}
+
+/* In the child: as if nothing had been done to the process, but for the number, the lifeline, and
+   SIGINT, which a terminal sends to all and the parent hands on as SIGTERM. */
+static int tcpsrv__child_begin(tcpsrv__family *family, int task_id) {
+    long parent = family->pid;
+    tcpsrv__family_restore(family);
+    tcpsrv__sys_ignore_interrupt();
+    tcpsrv__lifeline = family->lifeline[0];
+    tcpsrv__own_task_id = task_id;
+    tcpsrv__sys_die_with_parent();
+    tcpsrv__free(family->children);
+    tcpsrv__free(family);
+    tcpsrv__sys_hold_signals(0);
+    if (tcpsrv__sys_parent_pid() != parent) tcpsrv__sys_kill(tcpsrv__sys_pid(), SIGTERM);
+    return task_id;
+}
+
+/* 1 in the child; 0, or a code, in the parent. Signals are held meanwhile: one that comes to the
+   child before its dispositions are its own must not meet the parent's handler. */
+static int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
+    long pid;
+    tcpsrv__sys_hold_signals(1);
+    pid = tcpsrv__sys_fork();
+    if (pid == 0) {
+        tcpsrv__child_begin(family, task_id);
+        return 1;
+    }
+    tcpsrv__sys_hold_signals(0);
+    if (pid < 0) return (int)pid;
+    family->children[task_id].pid = pid;
+    family->children[task_id].started = tcpsrv__clock_ns();
+    return 0;
+}
+
+static void tcpsrv__family_kill(tcpsrv__family *family, int signo) {
+    int i;
+    for (i = 0; i < family->count; i++)
+        if (family->children[i].pid) tcpsrv__sys_kill(family->children[i].pid, signo);
+}
+
+/* No more restarts; the running ones get SIGTERM once. */
+static void tcpsrv__family_end(tcpsrv__family *family) {
+    int i;
+    family->ending = 1;
+    for (i = 0; i < family->count; i++)
+        if (!family->children[i].pid) family->children[i].ended = 1;
+    tcpsrv__family_kill(family, SIGTERM);
+}
+
+static void tcpsrv__give_up(tcpsrv__family *family) {
+    tcpsrv__log_default(TCPSRV_LOG_ERROR, "too many restarts of children: giving up");
+    family->gave_up = 1;
+    family->kill_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(TCPSRV__GIVE_UP_MS);
+    tcpsrv__family_end(family);
+}
+
+static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status) {
+    tcpsrv__child *child = &family->children[task_id];
+    uint64_t now = tcpsrv__clock_ns();
+    int orderly = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    child->pid = 0;
+    if (orderly || family->ending) {
+        child->ended = 1;
+        tcpsrv__family_log(TCPSRV_LOG_INFO, "ended", task_id, status);
+        return;
+    }
+    if (family->restarts_left-- == 0) {
+        tcpsrv__family_log(TCPSRV_LOG_WARNING, "crashed", task_id, status);
+        child->ended = 1;
+        tcpsrv__give_up(family);
+        return;
+    }
+    tcpsrv__family_log(TCPSRV_LOG_WARNING, "crashed, restarting", task_id, status);
+    if (now - child->started > tcpsrv__ms_to_ns(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
+    child->restart_at = now + tcpsrv__ms_to_ns(child->pause_ms);
+    child->pause_ms *= 2;
+    if (!child->pause_ms) child->pause_ms = TCPSRV__RESTART_MS;
+    if (child->pause_ms > TCPSRV__RESTART_MAX_MS) child->pause_ms = TCPSRV__RESTART_MAX_MS;
+}
+
+static void tcpsrv__family_reap(tcpsrv__family *family) {
+    int i, status;
+    for (i = 0; i < family->count; i++) {
+        status = 0;
+        if (family->children[i].pid && tcpsrv__sys_reap(family->children[i].pid, &status, 0))
+            tcpsrv__child_ended(family, i, status);
+    }
+}
+
+/* Restarts those whose pause is over. 1 in a child. */
+static int tcpsrv__family_restart(tcpsrv__family *family) {
+    int i, err;
+    for (i = 0; i < family->count; i++) {
+        tcpsrv__child *child = &family->children[i];
+        if (child->pid || child->ended || child->restart_at > tcpsrv__clock_ns()) continue;
+        err = tcpsrv__child_start(family, i);
+        if (err == 1) return 1;
+        if (err < 0) child->restart_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(1000);
+    }
+    return 0;
+}
+
+static int tcpsrv__family_timeout(const tcpsrv__family *family) {
+    uint64_t now = tcpsrv__clock_ns(), due = family->killed ? 0 : family->kill_at;
+    int i;
+    for (i = 0; i < family->count; i++)
+        if (!family->children[i].pid && !family->children[i].ended)
+            due = tcpsrv__earlier(due, family->children[i].restart_at);
+    if (!due) return -1;
+    return due <= now ? 0 : (int)((due - now) / 1000000u) + 1;
+}
+
+static int tcpsrv__family_alive(const tcpsrv__family *family) {
+    int i, alive = 0;
+    for (i = 0; i < family->count; i++) alive += !family->children[i].ended;
+    return alive;
+}
+
+static void tcpsrv__family_obey(tcpsrv__family *family) {
+    int told = tcpsrv__signal_take(SIGTERM);
+    told = tcpsrv__signal_take(SIGINT) || told;
+    if (told && !family->ending) tcpsrv__family_end(family);
+    else if (told) tcpsrv__family_kill(family, SIGKILL);
+    if (family->kill_at && !family->killed && tcpsrv__clock_ns() >= family->kill_at) {
+        family->killed = 1;
+        tcpsrv__family_kill(family, SIGKILL);
+    }
+}
+
+/* Returns in children that were restarted; the parent exits. */
+static int tcpsrv__supervise(tcpsrv__family *family) {
+    int status;
+    while (tcpsrv__family_alive(family)) {
+        tcpsrv__sys_wait_readable(family->waker.read_fd, tcpsrv__family_timeout(family));
+        tcpsrv__waker_drain(&family->waker);
+        tcpsrv__family_obey(family);
+        tcpsrv__family_reap(family);
+        if (tcpsrv__family_restart(family)) return tcpsrv__own_task_id;
+    }
+    status = family->gave_up;
+    tcpsrv__family_restore(family);
+    tcpsrv__sys_close(family->lifeline[0]);
+    tcpsrv__free(family->children);
+    tcpsrv__free(family);
+    tcpsrv__sys_exit(status);
+    return -1;
+}
+
+static tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
+    tcpsrv__family *family = (tcpsrv__family *)tcpsrv__alloc(sizeof *family);
+    *err = -ENOMEM;
+    if (!family) return NULL;
+    family->children = (tcpsrv__child *)tcpsrv__alloc((size_t)count * sizeof *family->children);
+    if (!family->children) goto fail;
+    family->count = count;
+    family->restarts_left = restarts;
+    family->pid = tcpsrv__sys_pid();
+    *err = tcpsrv__sys_pipe(family->lifeline);
+    if (*err) goto fail;
+    *err = tcpsrv__waker_open(&family->waker);
+    if (*err) goto fail_pipe;
+    *err = tcpsrv__family_signals(family);
+    if (!*err) return family;
+    tcpsrv__waker_close(&family->waker);
+fail_pipe:
+    tcpsrv__sys_close(family->lifeline[0]);
+    tcpsrv__sys_close(family->lifeline[1]);
+fail:
+    tcpsrv__free(family->children);
+    tcpsrv__free(family);
+    return NULL;
+}
+
+/* fork has failed in the middle: nothing of it stays. */
+static void tcpsrv__family_undo(tcpsrv__family *family) {
+    int i, status;
+    tcpsrv__family_kill(family, SIGKILL);
+    for (i = 0; i < family->count; i++)
+        if (family->children[i].pid) tcpsrv__sys_reap(family->children[i].pid, &status, 1);
+    tcpsrv__family_restore(family);
+    tcpsrv__sys_close(family->lifeline[0]);
+    tcpsrv__free(family->children);
+    tcpsrv__free(family);
+}
+
+TCPSRV_IMPL int tcpsrv_fork_processes(int num_processes, int max_restarts) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    tcpsrv__family *family;
+    int i, err = 0;
+    if (thread->default_loop || thread->turning || tcpsrv__own_task_id >= 0)
+        return tcpsrv__fail(TCPSRV_EBUSY, "fork_processes", NULL);
+    if (num_processes <= 0) num_processes = tcpsrv_cpu_count();
+    if (max_restarts < 0) max_restarts = TCPSRV__MAX_RESTARTS;
+    family = tcpsrv__family_new(num_processes, max_restarts, &err);
+    if (!family) return tcpsrv__fail(err, "fork_processes", NULL);
+    for (i = 0; i < num_processes && !err; i++) {
+        err = tcpsrv__child_start(family, i);
+        if (err == 1) return tcpsrv__own_task_id;
+    }
+    if (!err) return tcpsrv__supervise(family);
+    tcpsrv__family_undo(family);
+    return tcpsrv__fail(err, "fork", NULL);
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TCPSERVER_IMPLEMENTED */
+#endif /* TCPSERVER_IMPLEMENTATION */
+
+/* MIT License
+ *
+ * Copyright (c) 2026 The tcpserver.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+ * associated documentation files (the "Software"), to deal in the Software without restriction,
+ * including without limitation the rights to use, copy, modify, merge, publish, distribute,
+ * sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or
+ * substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+ * NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+ * NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+ * DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */
