@@ -564,8 +564,10 @@ TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at le
 #define _NETBSD_SOURCE 1
 #endif
 
+#if defined(__TINYC__)
+#define _REGEX_NELTS(n) /* glibc's regex.h sizes a parameter by another, which tcc does not know */
+#endif
 #include <arpa/inet.h>
-#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -602,7 +604,7 @@ Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 
 /* The poller: the system's best one unless the user chose. */
 #if !defined(TCPSERVER_USE_EPOLL) && !defined(TCPSERVER_USE_KQUEUE) && !defined(TCPSERVER_USE_POLL)
-#if defined(__linux__)
+#if defined(__linux__) && !defined(__TINYC__) /* tcc does not pack struct epoll_event */
 #define TCPSERVER_USE_EPOLL
 #elif defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || \
     defined(__OpenBSD__) || defined(__DragonFly__)
@@ -716,17 +718,21 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
 #define TCPSRV__NOINLINE __attribute__((noinline))
 #define TCPSRV__UNUSED __attribute__((unused))
+#define TCPSRV__COLD __attribute__((cold)) /* made small; so is what only such functions call */
 #else
 #define TCPSRV__LIKELY(x) (x)
 #define TCPSRV__NOINLINE
 #define TCPSRV__UNUSED
+#define TCPSRV__COLD
 #endif
 
+/* Before public functions: those of every message, and the others. */
 #if defined(TCPSERVER_STATIC)
-#define TCPSRV_IMPL static TCPSRV__UNUSED
+#define TCPSRV_HOT static TCPSRV__UNUSED
 #else
-#define TCPSRV_IMPL
+#define TCPSRV_HOT
 #endif
+#define TCPSRV_IMPL TCPSRV_HOT TCPSRV__COLD
 
 #ifndef TCPSERVER_REALLOC
 static void *tcpsrv__realloc(void *memory, size_t size) {
@@ -807,7 +813,7 @@ static tcpsrv__thread_state *tcpsrv__thread(void) {
 #endif
 
 /* Records a failure for tcpsrv_last_error and gives its code back. */
-static int tcpsrv__fail(int code, const char *step, const char *place) {
+static TCPSRV__COLD int tcpsrv__fail(int code, const char *step, const char *place) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     size_t size = place ? strlen(place) : 0;
     if (size >= sizeof thread->place) size = sizeof thread->place - 1;
@@ -2233,7 +2239,7 @@ struct tcpsrv_loop {
 
 /* ---- slots ----------------------------------------------------------------------------------- */
 
-static int tcpsrv__slots_grow(tcpsrv_loop *loop) {
+static TCPSRV__COLD int tcpsrv__slots_grow(tcpsrv_loop *loop) {
     uint32_t capacity = loop->slot_capacity ? loop->slot_capacity * 2 : 64;
     tcpsrv__slot *slots;
     slots = (tcpsrv__slot *)TCPSERVER_REALLOC(loop->slots, (size_t)capacity * sizeof *slots);
@@ -2243,7 +2249,7 @@ static int tcpsrv__slots_grow(tcpsrv_loop *loop) {
     return 0;
 }
 
-static int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv__class *type,
+static TCPSRV__COLD int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv__class *type,
                                tcpsrv_loop *loop, int fd) {
     tcpsrv__slot *slot;
     uint32_t number = loop->free_slot;
@@ -2280,7 +2286,7 @@ static tcpsrv__source *tcpsrv__source_by_id(const tcpsrv_loop *loop, int64_t id)
 }
 
 /* The id is dead from now on; the slot is reused from the next turn on. */
-static void tcpsrv__slot_release(tcpsrv_loop *loop, int64_t id) {
+static TCPSRV__COLD void tcpsrv__slot_release(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
     if (!slot) return;
     slot->source = NULL;
@@ -2302,7 +2308,7 @@ static void tcpsrv__slots_recycle(tcpsrv_loop *loop) {
 
 /* ---- the ready list, the flush list, the end of sources -------------------------------------- */
 
-static void tcpsrv__make_ready(tcpsrv__source *source) {
+static TCPSRV__NOINLINE void tcpsrv__make_ready(tcpsrv__source *source) {
     tcpsrv_loop *loop = source->loop;
     if (source->is_ready || source->is_gone) return;
     source->is_ready = 1;
@@ -2355,7 +2361,7 @@ static void tcpsrv__source_end(tcpsrv__source *source) {
     loop->gone = source;
 }
 
-static void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
+static TCPSRV__COLD void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
     while (loop->gone) {
         tcpsrv__source *source = loop->gone;
         loop->gone = source->ready_next;
@@ -2388,7 +2394,8 @@ static void tcpsrv__heap_place(tcpsrv_loop *loop, size_t index, tcpsrv__heap_ent
     entry.timer->place = index + 1;
 }
 
-static void tcpsrv__heap_up(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry entry) {
+static TCPSRV__COLD void tcpsrv__heap_up(tcpsrv_loop *loop, size_t index,
+                                         tcpsrv__heap_entry entry) {
     while (index > 0 && tcpsrv__heap_before(&entry, &loop->heap[(index - 1) / 2])) {
         tcpsrv__heap_place(loop, index, loop->heap[(index - 1) / 2]);
         index = (index - 1) / 2;
@@ -2396,7 +2403,8 @@ static void tcpsrv__heap_up(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry 
     tcpsrv__heap_place(loop, index, entry);
 }
 
-static void tcpsrv__heap_down(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entry entry) {
+static TCPSRV__COLD void tcpsrv__heap_down(tcpsrv_loop *loop, size_t index,
+                                           tcpsrv__heap_entry entry) {
     size_t child;
     while ((child = 2 * index + 1) < loop->heap_count) {
         if (child + 1 < loop->heap_count &&
@@ -2409,7 +2417,7 @@ static void tcpsrv__heap_down(tcpsrv_loop *loop, size_t index, tcpsrv__heap_entr
     tcpsrv__heap_place(loop, index, entry);
 }
 
-static void tcpsrv__timer_cancel(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__timer_cancel(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     size_t index = timer->place;
     tcpsrv__heap_entry last;
     if (!index--) return;
@@ -2423,7 +2431,7 @@ static void tcpsrv__timer_cancel(tcpsrv_loop *loop, tcpsrv__timer *timer) {
 }
 
 /* Memory for one more timer, so that arming a reserved one cannot fail. */
-static int tcpsrv__timer_reserve(tcpsrv_loop *loop, size_t more) {
+static TCPSRV__COLD int tcpsrv__timer_reserve(tcpsrv_loop *loop, size_t more) {
     size_t capacity = loop->heap_capacity ? loop->heap_capacity : 32;
     tcpsrv__heap_entry *heap;
     if (loop->heap_count + more <= loop->heap_capacity) return 0;
@@ -2435,7 +2443,7 @@ static int tcpsrv__timer_reserve(tcpsrv_loop *loop, size_t more) {
     return 0;
 }
 
-static int tcpsrv__timer_arm(tcpsrv_loop *loop, tcpsrv__timer *timer, uint64_t due) {
+static TCPSRV__COLD int tcpsrv__timer_arm(tcpsrv_loop *loop, tcpsrv__timer *timer, uint64_t due) {
     tcpsrv__heap_entry entry;
     tcpsrv__timer_cancel(loop, timer);
     if (tcpsrv__timer_reserve(loop, 1) != 0) return -ENOMEM;
@@ -2465,7 +2473,7 @@ static uint64_t tcpsrv__ms_to_ns(int64_t ms) {
 
 /* ---- posted calls and signals ---------------------------------------------------------------- */
 
-static void tcpsrv__run_posted(tcpsrv_loop *loop) {
+static TCPSRV__COLD void tcpsrv__run_posted(tcpsrv_loop *loop) {
     tcpsrv__posted *first;
     pthread_mutex_lock(&loop->post_lock);
     first = loop->posted_first;
@@ -2483,7 +2491,7 @@ static void tcpsrv__run_posted(tcpsrv_loop *loop) {
 
 /* The mark is taken before the calls, so that a signal during them is told again. Any call may
    cancel any other: those that ended stay in the list until the turn's end. */
-static void tcpsrv__run_signals(tcpsrv_loop *loop) {
+static TCPSRV__COLD void tcpsrv__run_signals(tcpsrv_loop *loop) {
     unsigned char taken[TCPSRV__NSIG];
     tcpsrv__signal_call *call;
     memset(taken, 0, sizeof taken);
@@ -2503,7 +2511,7 @@ static void tcpsrv__signal_forget(int signo) {
     pthread_mutex_unlock(&tcpsrv__signal_lock);
 }
 
-static void tcpsrv__signal_cancel(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__signal_cancel(tcpsrv__source *source) {
     tcpsrv__signal_call *own = TCPSRV__CONTAINER(tcpsrv__signal_call, source, source);
     tcpsrv__signal_call *call;
     tcpsrv__source_end(source);
@@ -2512,7 +2520,7 @@ static void tcpsrv__signal_cancel(tcpsrv__source *source) {
     tcpsrv__signal_forget(own->signo);
 }
 
-static void tcpsrv__signal_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__signal_destroy(tcpsrv__source *source) {
     tcpsrv__signal_call *own = TCPSRV__CONTAINER(tcpsrv__signal_call, source, source);
     tcpsrv__signal_call **at = &source->loop->signals;
     while (*at != own) at = &(*at)->next;
@@ -2586,13 +2594,13 @@ typedef struct tcpsrv__call {
     uint64_t period;            /* ns; 0: once */
 } tcpsrv__call;
 
-static void tcpsrv__call_cancel(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__call_cancel(tcpsrv__source *source) {
     tcpsrv__call *call = TCPSRV__CONTAINER(tcpsrv__call, source, source);
     tcpsrv__timer_cancel(source->loop, &call->timer);
     tcpsrv__source_end(source);
 }
 
-static void tcpsrv__call_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__call_destroy(tcpsrv__source *source) {
     tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__call, source, source));
 }
 
@@ -2607,7 +2615,7 @@ static uint64_t tcpsrv__call_next(const tcpsrv__call *call, uint64_t due, uint64
 
 /* A periodic call is armed before it runs, in the room that it had in the heap, and again after it
    for what it missed by its own length. */
-static void tcpsrv__call_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__call_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv__call *call = TCPSRV__CONTAINER(tcpsrv__call, timer, timer);
     uint64_t next;
     if (!call->period) {
@@ -2622,7 +2630,7 @@ static void tcpsrv__call_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     if (next != timer->due) tcpsrv__timer_arm(loop, timer, next);
 }
 
-static int64_t tcpsrv__call_new(tcpsrv_loop *loop, uint64_t delay, uint64_t period,
+static TCPSRV__COLD int64_t tcpsrv__call_new(tcpsrv_loop *loop, uint64_t delay, uint64_t period,
                                 tcpsrv_fn *fn, void *arg) {
     tcpsrv__call *call = (tcpsrv__call *)tcpsrv__alloc(sizeof *call);
     int err;
@@ -2670,19 +2678,19 @@ typedef struct tcpsrv__watch {
     int events;
 } tcpsrv__watch;
 
-static void tcpsrv__watch_event(tcpsrv__source *source, int events) {
+static TCPSRV__COLD void tcpsrv__watch_event(tcpsrv__source *source, int events) {
     tcpsrv__watch *watch = TCPSRV__CONTAINER(tcpsrv__watch, source, source);
     int told = events & watch->events & (TCPSRV_READ | TCPSRV_WRITE);
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) told |= TCPSRV_HANGUP;
     if (told) watch->fn(source->fd, told, watch->arg);
 }
 
-static void tcpsrv__watch_cancel(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__watch_cancel(tcpsrv__source *source) {
     tcpsrv__poller_remove(&source->loop->poller, source->fd);
     tcpsrv__source_end(source);
 }
 
-static void tcpsrv__watch_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__watch_destroy(tcpsrv__source *source) {
     tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__watch, source, source));
 }
 
@@ -2811,7 +2819,7 @@ TCPSRV_IMPL int tcpsrv_loop_timeout(const tcpsrv_loop *loop) {
     return tcpsrv__loop_wait_ms(loop, -1);
 }
 
-TCPSRV_IMPL uint64_t tcpsrv_loop_now(const tcpsrv_loop *loop) {
+TCPSRV_HOT uint64_t tcpsrv_loop_now(const tcpsrv_loop *loop) {
     return loop->now;
 }
 
@@ -3004,7 +3012,8 @@ static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
     loop->stacks = NULL;
 }
 
-static char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t size, tcpsrv__slab **from) {
+static TCPSRV__COLD char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t size,
+                                             tcpsrv__slab **from) {
     tcpsrv__slab *slab = pool->with_idle;
     unsigned char number;
     while (slab && slab->stack_size != size) slab = slab->next;
@@ -3022,7 +3031,8 @@ static char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t size, tcpsrv__s
 
 /* Its lowest pages go back to the system once there are enough warm ones; a slab without any stack
    in use goes as a whole while others have enough. */
-static void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__slab *slab, char *stack) {
+static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__slab *slab,
+                                              char *stack) {
     size_t number = (size_t)(stack - slab->memory) / tcpsrv__slab_stride(pool, slab);
     if (slab->idle_count == 0) {
         tcpsrv__slab_unlink(&pool->full, slab);
@@ -3051,7 +3061,7 @@ static void tcpsrv__co_leave(tcpsrv__co *co) {
     TCPSRV__ASAN_ENTER(co->fake, &pool->main_bottom, &pool->main_size);
 }
 
-static void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context *to) {
+static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context *to) {
     tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, context, to);
     (void)from;
     TCPSRV__ASAN_ENTER(NULL, &co->source.loop->stacks->main_bottom,
@@ -3077,7 +3087,7 @@ static void tcpsrv__co_switch(tcpsrv__co *co) {
     }
 }
 
-static void tcpsrv__co_unref(tcpsrv__co *co) {
+static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__co *co) {
     tcpsrv__stack_pool *pool = co->source.loop->stacks;
     tcpsrv__slab *slab;
     char *stack;
@@ -3092,7 +3102,7 @@ static void tcpsrv__co_unref(tcpsrv__co *co) {
 static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result);
 
 /* The result stays in the slot, whose id lives on until somebody joins or too many have ended. */
-static void tcpsrv__co_keep_result(tcpsrv__co *co) {
+static TCPSRV__COLD void tcpsrv__co_keep_result(tcpsrv__co *co) {
     tcpsrv_loop *loop = co->source.loop;
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, co->source.id);
     size_t capacity = loop->ended_capacity ? loop->ended_capacity * 2 : 64, i;
@@ -3120,7 +3130,7 @@ static void tcpsrv__co_keep_result(tcpsrv__co *co) {
     co->source.id = 0;
 }
 
-static void tcpsrv__co_end(tcpsrv__co *co) {
+static TCPSRV__COLD void tcpsrv__co_end(tcpsrv__co *co) {
     if (co->on_end) co->on_end(co);
     else if (co->joiner) tcpsrv__waiter_done(co->joiner, co->result);
     else if (!co->source.loop->ending) tcpsrv__co_keep_result(co);
@@ -3139,13 +3149,13 @@ static void tcpsrv__co_run(tcpsrv__source *source) {
     tcpsrv__co_resume(TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
-static void tcpsrv__co_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__co_destroy(tcpsrv__source *source) {
     tcpsrv__co_unref(TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
 /* The loop is being freed: it unwinds, each further wait refused; one that does not want to end is
    left where it is. */
-static void tcpsrv__co_drop(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
     tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(co);
@@ -3171,7 +3181,7 @@ static size_t tcpsrv__stack_round(size_t size) {
 
 /* With beside bytes at the very top of its stack, zeroed, which hold a reference of their own. Not
    started. */
-static tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
+static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
                                   void **memory) {
     size_t size = tcpsrv__stack_round(stack_size), room = (beside + 63) / 64 * 64;
     tcpsrv__slab *slab;
@@ -3211,7 +3221,7 @@ static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
 
 /* ---- waiting --------------------------------------------------------------------------------- */
 
-static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
+static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
     waiter->done = 1;
     waiter->result = result;
     if (waiter->co) tcpsrv__make_ready(&waiter->co->source);
@@ -3276,7 +3286,7 @@ typedef struct tcpsrv__join_wait {
     tcpsrv__co *awaited;
 } tcpsrv__join_wait;
 
-static void tcpsrv__join_cancel(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__join_cancel(tcpsrv__waiter *waiter) {
     TCPSRV__CONTAINER(tcpsrv__join_wait, waiter, waiter)->awaited->joiner = NULL;
     tcpsrv__cancel_plain(waiter);
 }
@@ -3310,12 +3320,12 @@ TCPSRV_IMPL int tcpsrv_join(int64_t id) {
     return tcpsrv__join_running(loop, TCPSRV__CONTAINER(tcpsrv__co, source, slot->source));
 }
 
-TCPSRV_IMPL int64_t tcpsrv_self(void) {
+TCPSRV_HOT int64_t tcpsrv_self(void) {
     tcpsrv_loop *loop = tcpsrv__thread()->turning;
     return loop && loop->current ? loop->current->source.id : 0;
 }
 
-TCPSRV_IMPL void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
+TCPSRV_HOT void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
     tcpsrv__co *co;
     if (!source || source->type != &tcpsrv__co_class) return;
@@ -3358,7 +3368,7 @@ static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
     fn(arg);
 }
 
-static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
+static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
     waiter->done = 1;
     waiter->result = result;
 }
@@ -3395,11 +3405,11 @@ TCPSRV_IMPL int tcpsrv_join(int64_t id) {
     return tcpsrv__fail(-ESRCH, "join", NULL);
 }
 
-TCPSRV_IMPL int64_t tcpsrv_self(void) {
+TCPSRV_HOT int64_t tcpsrv_self(void) {
     return 0;
 }
 
-TCPSRV_IMPL void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
+TCPSRV_HOT void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
     (void)loop, (void)id;
 }
 
@@ -3426,14 +3436,15 @@ typedef struct tcpsrv__timed_wait {
     int timeout_result;
 } tcpsrv__timed_wait;
 
-static void tcpsrv__timed_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__timed_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv__timed_wait *wait = TCPSRV__CONTAINER(tcpsrv__timed_wait, timer, timer);
     (void)loop;
     if (!wait->waiter.done) tcpsrv__waiter_done(&wait->waiter, wait->timeout_result);
 }
 
 /* Waits until the waiter is done or the time has passed; -1: no limit. */
-static int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait *wait, int64_t timeout_ms) {
+static TCPSRV__COLD int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait *wait,
+                                           int64_t timeout_ms) {
     uint64_t due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
     int result;
     wait->timer.fire = tcpsrv__timed_fire;
@@ -3480,7 +3491,7 @@ TCPSRV_IMPL int tcpsrv_park(int64_t timeout_ms) {
     return err ? tcpsrv__fail(err, "park", NULL) : 0;
 }
 
-static void tcpsrv__wait_fd_told(int fd, int events, void *arg) {
+static TCPSRV__COLD void tcpsrv__wait_fd_told(int fd, int events, void *arg) {
     tcpsrv__waiter *waiter = (tcpsrv__waiter *)arg;
     (void)fd;
     if (!waiter->done) tcpsrv__waiter_done(waiter, events);
@@ -3561,7 +3572,7 @@ static tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, size_t size) {
     return block;
 }
 
-static void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
+static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
     int pool = block->pool;
     if (pool < 0 || loop->pool_count[pool] >= tcpsrv__class_keep[pool]) {
         tcpsrv__free(block);
@@ -3593,7 +3604,8 @@ static int tcpsrv__block_is_loose(const tcpsrv__block *block, size_t kept) {
 }
 
 /* The bytes from *from on in a block of their own size; the old one stays where there is none. */
-static tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block, size_t from,
+static TCPSRV__COLD tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block,
+                                                     size_t from,
                                         size_t size) {
     size_t kept = block->end - from;
     tcpsrv__block *fit = tcpsrv__block_take(loop, size > kept ? size : kept);
@@ -3669,7 +3681,7 @@ static void tcpsrv__queue_consume(tcpsrv_loop *loop, tcpsrv__queue *queue, size_
     }
 }
 
-static void tcpsrv__queue_drop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
+static TCPSRV__COLD void tcpsrv__queue_drop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
     while (queue->first) tcpsrv__queue_pop(loop, queue, result);
 }
 
@@ -3707,7 +3719,7 @@ static size_t tcpsrv__queue_memory(const tcpsrv__queue *queue) {
 }
 
 /* What the peer does not take for now is kept in memory of its size. */
-static void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *queue) {
+static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *queue) {
     tcpsrv__block *block = queue->first, *next, *fit;
     if (!block || block->done || !tcpsrv__block_is_loose(block, tcpsrv__block_size(block))) return;
     next = block->next;
@@ -3828,7 +3840,7 @@ static void tcpsrv__name_peer(tcpsrv__peer_name *name, const tcpsrv_address *add
 
 /* Records a failure with the peer as its place, by the name copied before a wait: the stream may be
    gone after it. */
-static int tcpsrv__fail_at(int code, const char *step, const tcpsrv__peer_name *peer) {
+static TCPSRV__COLD int tcpsrv__fail_at(int code, const char *step, const tcpsrv__peer_name *peer) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     tcpsrv__fail(code, step, NULL);
     tcpsrv__name_address(peer, &thread->peer);
@@ -3845,15 +3857,16 @@ static long tcpsrv__plain_send(tcpsrv_stream *stream, const struct iovec *pieces
     return tcpsrv__sys_send(stream->source.fd, pieces, count);
 }
 
-static void tcpsrv__plain_shut(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__plain_shut(tcpsrv_stream *stream) {
     tcpsrv__sys_shutdown_write(stream->source.fd);
 }
 
-static long tcpsrv__file_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+static TCPSRV__COLD long tcpsrv__file_send(tcpsrv_stream *stream, const struct iovec *pieces,
+                                           int count) {
     return tcpsrv__sys_writev(stream->source.fd, pieces, count);
 }
 
-static void tcpsrv__file_shut(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__file_shut(tcpsrv_stream *stream) {
     (void)stream; /* its close is the end */
 }
 
@@ -3898,7 +3911,7 @@ static void tcpsrv__touch(tcpsrv_stream *stream) {
 
 static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
 
-static tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
+static TCPSRV__COLD tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (extra) return extra;
     extra = (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
@@ -3911,12 +3924,12 @@ static tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
-static void tcpsrv__input_free(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
     if (stream->in) tcpsrv__block_give(stream->source.loop, stream->in);
     stream->in = NULL;
 }
 
-static void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
     int fd = stream->source.fd;
     if (fd < 0) return;
     if (!stream->unpolled) tcpsrv__poller_forget(&stream->source.loop->poller, fd);
@@ -3928,7 +3941,7 @@ static void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
 
 /* The stream's connection is over: the descriptor closes now, everything else ends from the loop.
    out.size stays as what was not sent. */
-static void tcpsrv__die(tcpsrv_stream *stream, int code) {
+static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     size_t unsent = stream->out.size;
     if (stream->dead) return;
     stream->dead = 1;
@@ -3941,7 +3954,7 @@ static void tcpsrv__die(tcpsrv_stream *stream, int code) {
     tcpsrv__make_ready(&stream->source);
 }
 
-static void tcpsrv__stream_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__owner *owner = stream->owner;
     if (stream->extra) tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
@@ -3964,13 +3977,13 @@ typedef struct tcpsrv__regex_search {
     int64_t end;
 } tcpsrv__regex_search;
 
-static void tcpsrv__regex_errand(void *arg) {
+static TCPSRV__COLD void tcpsrv__regex_errand(void *arg) {
     tcpsrv__regex_search *search = (tcpsrv__regex_search *)arg;
     search->end = tcpsrv__sys_regex_end(search->regex, search->data, search->size);
 }
 
 /* Searched when the buffer has doubled, and once more when there is nothing else to receive. */
-static int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *data, size_t size) {
+static TCPSRV__COLD int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *data, size_t size) {
     tcpsrv__regex_search search;
     int last = !stream->readable || stream->eof || stream->dead || size > stream->want_max;
     if (size == stream->progress || (!last && size < 2 * stream->progress)) return 0;
@@ -4032,7 +4045,7 @@ static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
 /* ---- reading: receiving ---------------------------------------------------------------------- */
 
 /* Room for more bytes behind those that the stream holds; no view is alive here. */
-static int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more) {
+static TCPSRV__COLD int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *grown;
     size_t held = in ? tcpsrv__block_size(in) : 0;
@@ -4051,7 +4064,7 @@ static int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more) {
     return 0;
 }
 
-static int tcpsrv__input_put(tcpsrv_stream *stream, const char *data, size_t size) {
+static TCPSRV__COLD int tcpsrv__input_put(tcpsrv_stream *stream, const char *data, size_t size) {
     tcpsrv__block *in;
     if (tcpsrv__input_reserve(stream, size) != 0) return -ENOMEM;
     in = stream->in;
@@ -4182,7 +4195,7 @@ static void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes
 }
 
 /* What the buffer has goes to the caller's memory before anything is received there. */
-static void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
     tcpsrv__block *in = stream->in;
     size_t n = stream->want.size - stream->progress;
     if (!in || stream->want_kind != TCPSRV__WANT_INTO) return;
@@ -4229,7 +4242,7 @@ static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes
 }
 
 /* Bytes that a failed read put into the caller's memory go back into the buffer. */
-static void tcpsrv__read_put_back(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__read_put_back(tcpsrv_stream *stream) {
     if (stream->want_kind != TCPSRV__WANT_INTO || !stream->progress) return;
     if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0)
         tcpsrv__die(stream, -ENOMEM);
@@ -4302,7 +4315,7 @@ static int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
            (stream->want.size == 0 && stream->want_kind != TCPSRV__WANT_SOME);
 }
 
-TCPSRV_IMPL int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
+TCPSRV_HOT int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
                             void *arg) {
     int err = tcpsrv__read_begin(stream, &want, fn, arg);
     if (err) return tcpsrv__fail_at(err, "read", &stream->peer);
@@ -4316,7 +4329,7 @@ TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
     tcpsrv__make_ready(&stream->source);
 }
 
-TCPSRV_IMPL size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) {
+TCPSRV_HOT size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) {
     int any = stream->in && !stream->read_fn;
     bytes->data = any ? stream->in->data + stream->in->begin : "";
     bytes->size = any ? tcpsrv__block_size(stream->in) : 0;
@@ -4335,11 +4348,11 @@ static tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *m
     return want;
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
+TCPSRV_HOT tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
     return tcpsrv__want(TCPSRV__WANT_UNTIL, strlen(delimiter), max, delimiter);
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
+TCPSRV_HOT tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
     return tcpsrv__want(TCPSRV__WANT_UNTIL, size, max, delimiter);
 }
 
@@ -4347,15 +4360,15 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max) {
     return tcpsrv__want(TCPSRV__WANT_REGEX, 1, max, regex);
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_exactly(size_t size) {
+TCPSRV_HOT tcpsrv_want tcpsrv_exactly(size_t size) {
     return tcpsrv__want(TCPSRV__WANT_EXACTLY, size, 0, NULL);
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_some(size_t max) {
+TCPSRV_HOT tcpsrv_want tcpsrv_some(size_t max) {
     return tcpsrv__want(TCPSRV__WANT_SOME, 1, max, NULL);
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_into(void *memory, size_t size) {
+TCPSRV_HOT tcpsrv_want tcpsrv_into(void *memory, size_t size) {
     return tcpsrv__want(TCPSRV__WANT_INTO, size, 0, memory);
 }
 
@@ -4363,7 +4376,7 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_until_close(size_t max) {
     return tcpsrv__want(TCPSRV__WANT_CLOSE, 1, max, NULL);
 }
 
-TCPSRV_IMPL tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
+TCPSRV_HOT tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
     tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 1, max, arg);
     want.find_end = find_end;
     return want;
@@ -4375,7 +4388,7 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_ready(void) {
 
 /* ---- writing --------------------------------------------------------------------------------- */
 
-static void tcpsrv__write_dry(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__write_dry(tcpsrv_stream *stream) {
     int err = 0;
     stream->writable = 0;
     tcpsrv__queue_trim(stream->source.loop, &stream->out);
@@ -4386,7 +4399,8 @@ static void tcpsrv__write_dry(tcpsrv_stream *stream) {
 }
 
 /* A piece of a file by way of the scratch, where the system has nothing better. */
-static long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv__block *block, size_t size) {
+static TCPSRV__COLD long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv__block *block,
+                                             size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     struct iovec piece;
     long n;
@@ -4401,7 +4415,7 @@ static long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv__block *bloc
     return stream->io->send(stream, &piece, 1);
 }
 
-static long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
+static TCPSRV__COLD long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
     const tcpsrv__block *block = stream->out.first;
     size_t size = tcpsrv__block_size(block);
     long n = -ENOTSUP;
@@ -4414,7 +4428,7 @@ static long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
     return n == 0 ? -EIO : n;
 }
 
-static void tcpsrv__output_emptied(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__output_emptied(tcpsrv_stream *stream) {
     if (stream->extra) stream->extra->write_due = 0;
     if (stream->shut_wanted && !stream->shut) {
         stream->shut = 1;
@@ -4487,7 +4501,7 @@ static void tcpsrv__write_done(tcpsrv__block *block, int result) {
 }
 
 /* A write that is given up half-way leaves a torn message: the stream cannot go on. */
-static void tcpsrv__write_cancel(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__write_cancel(tcpsrv__waiter *waiter) {
     tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__write_wait, waiter, waiter)->stream;
     stream->aborting = 1;
     tcpsrv__die(stream, TCPSRV_ECANCELED);
@@ -4508,7 +4522,7 @@ static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *str
 
 /* Queues a block that the caller's stack holds, and waits until it is out. The stream may be gone
    when this returns. */
-static int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
+static TCPSRV__COLD int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
     tcpsrv_stream *stream = wait->stream;
     int err;
     stream->held = 1;
@@ -4521,7 +4535,7 @@ static int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
 }
 
 /* Too much to gather: sends from the caller's memory what goes now, and copies the rest. */
-static int tcpsrv__write_large(tcpsrv_stream *stream, const void *data, size_t size) {
+static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *data, size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__queue *out = &stream->out;
     tcpsrv__block *before;
@@ -4574,14 +4588,14 @@ typedef struct tcpsrv__flush_call {
 } tcpsrv__flush_call;
 
 /* Called back from the loop, not from within whatever call has sent or ended this. */
-static void tcpsrv__flush_call_done(tcpsrv__block *block, int result) {
+static TCPSRV__COLD void tcpsrv__flush_call_done(tcpsrv__block *block, int result) {
     tcpsrv__flush_call *call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
     call->result = result;
     tcpsrv__marks_push(call->stream->extra, block);
     tcpsrv__make_ready(&call->stream->source);
 }
 
-static void tcpsrv__run_marks(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__run_marks(tcpsrv_stream *stream) {
     while (stream->extra && stream->extra->marks_first) {
         tcpsrv__block *block = stream->extra->marks_first;
         tcpsrv__flush_call *call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
@@ -4616,7 +4630,7 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
     return 0;
 }
 
-TCPSRV_IMPL int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
+TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
     int err = tcpsrv__write_now(stream, data, size);
     return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
 }
@@ -4631,7 +4645,7 @@ TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     return 0;
 }
 
-TCPSRV_IMPL void tcpsrv_close(tcpsrv_stream *stream) {
+TCPSRV_HOT void tcpsrv_close(tcpsrv_stream *stream) {
     if (stream->closing) return;
     stream->closing = 1;
     if (tcpsrv__queue_has_borrowed(&stream->out)) {
@@ -4656,7 +4670,7 @@ TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void
 }
 
 /* Late input is swallowed, so that closing does not answer it with a reset. */
-static void tcpsrv__linger_step(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     struct iovec piece;
     long n;
@@ -4673,7 +4687,7 @@ static void tcpsrv__linger_step(tcpsrv_stream *stream) {
     else tcpsrv__make_ready(&stream->source);
 }
 
-static void tcpsrv__linger_begin(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
     stream->lingering = 1;
     stream->linger_left = TCPSRV__LINGER_SIZE;
     stream->readable = 1;
@@ -4683,7 +4697,7 @@ static void tcpsrv__linger_begin(tcpsrv_stream *stream) {
 }
 
 /* An orderly close that cannot end at once gets a deadline; without memory for one it ends now. */
-static int tcpsrv__close_deadline(tcpsrv_stream *stream) {
+static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return -ENOMEM;
     extra->read_due = extra->idle_due = 0;
@@ -4691,7 +4705,7 @@ static int tcpsrv__close_deadline(tcpsrv_stream *stream) {
     return tcpsrv__alarm_arm(stream);
 }
 
-static void tcpsrv__close_step(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     tcpsrv__input_free(stream);
     if (stream->dead) return;
     if (stream->out.first) tcpsrv__output_step(stream);
@@ -4712,7 +4726,7 @@ static void tcpsrv__close_step(tcpsrv_stream *stream) {
 }
 
 /* What on_close says: a death by our own hand is its reason only where bytes were lost. */
-static void tcpsrv__tell_close(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__tell_close(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (!extra || !extra->close_fn || stream->close_told) return;
     stream->close_told = 1;
@@ -4720,7 +4734,7 @@ static void tcpsrv__tell_close(tcpsrv_stream *stream) {
 }
 
 /* The last of a dead stream's steps. */
-static void tcpsrv__dead_step(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
     int has_close_fn = stream->extra && stream->extra->close_fn;
     if (stream->read_fn) return; /* the buffer may still answer it */
     tcpsrv__tell_close(stream);
@@ -4731,7 +4745,7 @@ static void tcpsrv__dead_step(tcpsrv_stream *stream) {
 }
 
 /* Its turn on the ready list: everything that the flags say is due. */
-static void tcpsrv__stream_step(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__run_marks(stream);
     if (stream->read_fn && stream->closing) tcpsrv__read_fail(stream, TCPSRV_ECLOSED);
@@ -4745,7 +4759,7 @@ static void tcpsrv__stream_step(tcpsrv__source *source) {
 
 /* ---- events ---------------------------------------------------------------------------------- */
 
-static void tcpsrv__connect_told(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__connect_told(tcpsrv_stream *stream) {
     int err = tcpsrv__socket_error(stream->source.fd);
     if (!err && !tcpsrv__sys_connected(stream->source.fd)) return; /* not yet */
     stream->connecting = 0;
@@ -4756,7 +4770,7 @@ static void tcpsrv__connect_told(tcpsrv_stream *stream) {
 }
 
 /* An error that no waiting call will meet. What came before it stays readable. */
-static void tcpsrv__error_told(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
     int err;
     if (stream->read_fn || tcpsrv__sys_unread(stream->source.fd) > 0) return;
     err = tcpsrv__socket_error(stream->source.fd);
@@ -4789,7 +4803,7 @@ static int tcpsrv__passed(const tcpsrv_loop *loop, uint64_t *due) {
     return 1;
 }
 
-static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv__extra *extra = TCPSRV__CONTAINER(tcpsrv__extra, alarm, timer);
     tcpsrv_stream *stream = extra->stream;
     tcpsrv_stats *stats = &stream->owner->stats;
@@ -4817,7 +4831,7 @@ static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
 }
 
 /* The loop is being freed. */
-static void tcpsrv__stream_drop(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__stream_drop(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     stream->closing = 1;
     if (stream->out.size) stream->aborting = 1;
@@ -4836,7 +4850,8 @@ static const tcpsrv__class tcpsrv__stream_class = {
 
 /* Zeroed memory becomes a stream over a connected descriptor, told about from now on. On failure
    the descriptor stays the caller's. */
-static int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop, tcpsrv__owner *owner,
+static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop,
+                                            tcpsrv__owner *owner,
                                int fd, int directions) {
     int err = tcpsrv__source_init(&stream->source, &tcpsrv__stream_class, loop, fd);
     if (err) return err;
@@ -4900,7 +4915,7 @@ TCPSRV_IMPL int tcpsrv_error(const tcpsrv_stream *stream) {
     return stream->error;
 }
 
-TCPSRV_IMPL int tcpsrv_closed(const tcpsrv_stream *stream) {
+TCPSRV_HOT int tcpsrv_closed(const tcpsrv_stream *stream) {
     return stream->dead || stream->closing;
 }
 
@@ -4931,15 +4946,15 @@ TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address
     return 0;
 }
 
-TCPSRV_IMPL int tcpsrv_fd(const tcpsrv_stream *stream) {
+TCPSRV_HOT int tcpsrv_fd(const tcpsrv_stream *stream) {
     return stream->source.fd;
 }
 
-TCPSRV_IMPL void *tcpsrv_user(const tcpsrv_stream *stream) {
+TCPSRV_HOT void *tcpsrv_user(const tcpsrv_stream *stream) {
     return stream->user;
 }
 
-TCPSRV_IMPL void tcpsrv_set_user(tcpsrv_stream *stream, void *user) {
+TCPSRV_HOT void tcpsrv_set_user(tcpsrv_stream *stream, void *user) {
     stream->user = user;
 }
 
@@ -4947,11 +4962,11 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream) {
     return stream->source.loop;
 }
 
-TCPSRV_IMPL int64_t tcpsrv_id(const tcpsrv_stream *stream) {
+TCPSRV_HOT int64_t tcpsrv_id(const tcpsrv_stream *stream) {
     return stream->source.id;
 }
 
-TCPSRV_IMPL tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id) {
+TCPSRV_HOT tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
     tcpsrv_stream *stream;
     if (!source || source->type != &tcpsrv__stream_class) return NULL;
@@ -4977,7 +4992,7 @@ static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes byte
     tcpsrv__waiter_resume(&wait->waiter, err);
 }
 
-static void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
     tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__read_wait, waiter, waiter)->stream;
     tcpsrv__read_put_back(stream);
     stream->read_fn = NULL;
@@ -5003,7 +5018,7 @@ static int tcpsrv__await_read(tcpsrv_stream *stream, tcpsrv__read_wait *wait) {
     return tcpsrv__wait(stream->source.loop, &wait->waiter);
 }
 
-TCPSRV_IMPL int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
+TCPSRV_HOT int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
     tcpsrv__peer_name peer = stream->peer;
     tcpsrv__read_wait wait;
     int err = tcpsrv__may_wait(stream->source.loop);
@@ -5022,20 +5037,20 @@ TCPSRV_IMPL int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_byt
     return err ? tcpsrv__fail_at(err, "read", &peer) : 0;
 }
 
-TCPSRV_IMPL int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
+TCPSRV_HOT int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
                                   tcpsrv_bytes *bytes) {
     return tcpsrv_await(stream, tcpsrv_until(delimiter, max), bytes);
 }
 
-TCPSRV_IMPL int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+TCPSRV_HOT int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
     return tcpsrv_await(stream, tcpsrv_exactly(size), bytes);
 }
 
-TCPSRV_IMPL int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
+TCPSRV_HOT int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
     return tcpsrv_await(stream, tcpsrv_some(max), bytes);
 }
 
-TCPSRV_IMPL int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size) {
+TCPSRV_HOT int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size) {
     return tcpsrv_await(stream, tcpsrv_into(memory, size), NULL);
 }
 
@@ -5064,7 +5079,7 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     return tcpsrv__write_waiting(&wait);
 }
 
-TCPSRV_IMPL int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
+TCPSRV_HOT int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
     tcpsrv__peer_name peer;
     int err;
     if (TCPSRV__LIKELY(stream->out.size + size <= TCPSRV__GATHER_SIZE)) {
@@ -5104,7 +5119,7 @@ typedef struct tcpsrv__format {
 } tcpsrv__format;
 
 /* On the loop's stack, since libc's formatting alone may take 10 KB of it. */
-static void tcpsrv__format_errand(void *arg) {
+static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
     tcpsrv__format *work = (tcpsrv__format *)arg;
     va_list again;
     int n;
@@ -5124,7 +5139,7 @@ static void tcpsrv__format_errand(void *arg) {
     if (!work->err) work->block->end = (size_t)n;
 }
 
-TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
+TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     tcpsrv__peer_name peer = stream->peer;
     tcpsrv__format work;
     work.loop = stream->source.loop;
@@ -5139,14 +5154,15 @@ TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
-static void tcpsrv__file_done(tcpsrv__block *block, int result) {
+static TCPSRV__COLD void tcpsrv__file_done(tcpsrv__block *block, int result) {
     (void)result;
     tcpsrv__sys_close(block->file);
     tcpsrv__free(block);
 }
 
 /* Outside a coroutine the queue holds a descriptor of its own. */
-static int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int64_t offset, size_t size) {
+static TCPSRV__COLD int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int64_t offset,
+                                             size_t size) {
     tcpsrv__block *block = (tcpsrv__block *)tcpsrv__alloc(sizeof *block);
     if (!block) return -ENOMEM;
     block->file = tcpsrv__sys_dup(fd);
@@ -5180,12 +5196,12 @@ TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, s
     return err ? tcpsrv__fail_at(err, "sendfile", &peer) : 0;
 }
 
-static void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
     tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__write_wait, waiter, waiter)->stream;
     tcpsrv__die(stream, TCPSRV_ECANCELED);
 }
 
-TCPSRV_IMPL int tcpsrv_flush(tcpsrv_stream *stream) {
+TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
     tcpsrv__peer_name peer = stream->peer;
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
@@ -5361,7 +5377,7 @@ static void tcpsrv__names_add(tcpsrv__names *names, const struct addrinfo *list,
 }
 
 /* Sorted by family, so that processes that bind the same set meet in the same order. */
-static void tcpsrv__lookup_errand(void *arg) {
+static TCPSRV__COLD void tcpsrv__lookup_errand(void *arg) {
     tcpsrv__lookup *lookup = (tcpsrv__lookup *)arg;
     struct addrinfo hints, *list = NULL;
     char port[16];
@@ -5735,7 +5751,7 @@ TCPSRV_IMPL const char *tcpsrv_last_error(void) {
 /* ---- streams that are not accepted ----------------------------------------------------------- */
 
 /* NULL, with the failure recorded. A descriptor that became a stream's is closed with it. */
-static tcpsrv_stream *tcpsrv__lone_start(tcpsrv_loop *loop, int fd, int directions,
+static TCPSRV__COLD tcpsrv_stream *tcpsrv__lone_start(tcpsrv_loop *loop, int fd, int directions,
                                          const tcpsrv_connect_options *options) {
     tcpsrv__lone *lone = tcpsrv__lone_new(options);
     int err = lone ? 0 : -ENOMEM;
@@ -5922,7 +5938,7 @@ static void tcpsrv__server_release(tcpsrv *server) {
 }
 
 /* Gone once it was freed, and nothing of it runs or is open any more. */
-static void tcpsrv__server_settle(tcpsrv *server) {
+static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
     if (server->busy || server->handlers || server->owner.stats.active) return;
     if (server->freed && loop) {
@@ -5937,7 +5953,7 @@ static void tcpsrv__server_settle(tcpsrv *server) {
 }
 
 /* The loop is being freed: the server goes on without one. */
-static void tcpsrv__server_drop(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, source, source);
     tcpsrv__timer_cancel(source->loop, &server->pause_timer);
     tcpsrv__timer_cancel(source->loop, &server->drain_timer);
@@ -5946,7 +5962,7 @@ static void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv__server_settle(server);
 }
 
-static void tcpsrv__server_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__server_destroy(tcpsrv__source *source) {
     tcpsrv__server_release(TCPSRV__CONTAINER(tcpsrv, source, source));
 }
 
@@ -5988,7 +6004,7 @@ static void tcpsrv__accept_pause(tcpsrv *server) {
     if (server->pause_ms > TCPSRV__PAUSE_MAX_MS) server->pause_ms = TCPSRV__PAUSE_MAX_MS;
 }
 
-static void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, pause_timer, timer);
     (void)loop;
     if (!server->at_limit) tcpsrv__listeners_poll(server, 1);
@@ -6021,7 +6037,7 @@ static void tcpsrv__stream_free(tcpsrv_stream *stream) {
         tcpsrv__free(stream);
 }
 
-static int tcpsrv__handler_main(void *arg) {
+static TCPSRV__COLD int tcpsrv__handler_main(void *arg) {
     tcpsrv__handler *handler = (tcpsrv__handler *)arg;
     tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
     return server->options.handle_stream(&handler->stream, &handler->address,
@@ -6029,7 +6045,7 @@ static int tcpsrv__handler_main(void *arg) {
 }
 
 /* On the loop's stack. The stream may be closing or gone already; its memory is still there. */
-static void tcpsrv__handler_end(tcpsrv__co *co) {
+static TCPSRV__COLD void tcpsrv__handler_end(tcpsrv__co *co) {
     tcpsrv__handler *handler = (tcpsrv__handler *)co->arg;
     tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
     tcpsrv__log_result(server, co->result, &handler->stream.peer);
@@ -6080,7 +6096,7 @@ static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address 
 }
 #endif
 
-static void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
     tcpsrv *server = tcpsrv__server_of(owner);
     tcpsrv__stream_free(stream);
     owner->stats.active--;
@@ -6115,7 +6131,8 @@ static int tcpsrv__serve_callback(tcpsrv *server, int fd, const tcpsrv_address *
 
 /* ---- accepting ------------------------------------------------------------------------------- */
 
-static void tcpsrv__serve(tcpsrv *server, int fd, const struct sockaddr *name, socklen_t size) {
+static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sockaddr *name,
+                                       socklen_t size) {
     tcpsrv_address address;
     tcpsrv__peer_name peer;
     int err;
@@ -6154,7 +6171,7 @@ static int tcpsrv__accept_skips(int err) {
 }
 
 /* 0: this listener has no more for now. */
-static int tcpsrv__accept_failed(tcpsrv__listener *listener, int err) {
+static TCPSRV__COLD int tcpsrv__accept_failed(tcpsrv__listener *listener, int err) {
     tcpsrv *server = listener->server;
     if (err == -EAGAIN || err == -EWOULDBLOCK) return 0;
     if (tcpsrv__accept_skips(err)) return 1;
@@ -6183,7 +6200,7 @@ static int tcpsrv__accept_burst(tcpsrv__listener *listener) {
     return listener->burst;
 }
 
-static void tcpsrv__accept_event(tcpsrv__source *source, int events) {
+static TCPSRV__COLD void tcpsrv__accept_event(tcpsrv__source *source, int events) {
     tcpsrv__listener *listener = TCPSRV__CONTAINER(tcpsrv__listener, source, source);
     tcpsrv *server = listener->server;
     int i, fd, n = tcpsrv__accept_burst(listener);
@@ -6208,7 +6225,7 @@ static void tcpsrv__accept_event(tcpsrv__source *source, int events) {
 
 /* ---- listeners ------------------------------------------------------------------------------- */
 
-static void tcpsrv__listener_close(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__listener_close(tcpsrv__source *source) {
     tcpsrv__listener *listener = TCPSRV__CONTAINER(tcpsrv__listener, source, source);
     tcpsrv__listener **at = &listener->server->listeners;
     while (*at && *at != listener) at = &(*at)->next;
@@ -6219,11 +6236,11 @@ static void tcpsrv__listener_close(tcpsrv__source *source) {
     tcpsrv__source_end(source);
 }
 
-static void tcpsrv__listener_destroy(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__listener_destroy(tcpsrv__source *source) {
     tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__listener, source, source));
 }
 
-static void tcpsrv__listener_drop(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv__listener, source, source)->server;
     tcpsrv__listener_close(source);
     tcpsrv__server_settle(server);
@@ -6254,7 +6271,7 @@ static int tcpsrv__listener_add(tcpsrv *server, int fd) {
 /* ---- starting -------------------------------------------------------------------------------- */
 
 /* In a forked child whose parent is gone: as if that had sent its last SIGTERM. */
-static void tcpsrv__parent_gone(int fd, int events, void *arg) {
+static TCPSRV__COLD void tcpsrv__parent_gone(int fd, int events, void *arg) {
     tcpsrv_loop *loop = (tcpsrv_loop *)arg;
     (void)fd, (void)events;
     tcpsrv_cancel(loop, loop->parent_watch);
@@ -6394,7 +6411,7 @@ TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
     tcpsrv__server_settle(server);
 }
 
-static void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
     if (server->owner.stats.active || server->handlers) {
         tcpsrv__abort_all(server);
@@ -6406,7 +6423,7 @@ static void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
 }
 
 /* Waiting reads are looked at again, and those at a message boundary end. */
-static void tcpsrv__drain_stream(tcpsrv_stream *stream, void *arg) {
+static TCPSRV__COLD void tcpsrv__drain_stream(tcpsrv_stream *stream, void *arg) {
     (void)arg;
     tcpsrv__make_ready(&stream->source);
 }
