@@ -771,7 +771,7 @@ typedef struct tcpsrv__thread_state {
     const char *step;              /* a string literal */
     tcpsrv_address peer;           /* the place, where it is a stream */
     char place[TCPSRV_ADDRESS_TEXT];
-    char text[320];
+    char text[512];
 } tcpsrv__thread_state;
 
 #if defined(__TINYC__)
@@ -835,11 +835,6 @@ static uint64_t tcpsrv__clock_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-static size_t tcpsrv__page_size(void) {
-    long size = sysconf(_SC_PAGESIZE);
-    return size > 0 ? (size_t)size : 4096;
 }
 
 static long tcpsrv__sys_pid(void) {
@@ -1087,15 +1082,20 @@ static int64_t tcpsrv__sys_regex_end(const void *regex, char *memory, size_t siz
 }
 
 /* memmem, which some systems lack or hide. */
-static const char *tcpsrv__find(const char *memory, size_t size, const char *what, size_t length) {
+static TCPSRV__COLD const char *tcpsrv__find_long(const char *memory, size_t size,
+                                                  const char *what, size_t length) {
     const char *at = memory, *end = memory + size;
-    if (length == 1) return (const char *)memchr(memory, what[0], size);
     while ((size_t)(end - at) >= length) {
         at = (const char *)memchr(at, what[0], (size_t)(end - at) - length + 1);
         if (!at || memcmp(at, what, length) == 0) return at;
         at++;
     }
     return NULL;
+}
+
+static const char *tcpsrv__find(const char *memory, size_t size, const char *what, size_t length) {
+    if (length == 1) return (const char *)memchr(memory, what[0], size);
+    return tcpsrv__find_long(memory, size, what, length);
 }
 
 /* What wakes a waiting poller: readable after a signal or another thread's call. */
@@ -1489,6 +1489,11 @@ static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__en
 #define TCPSRV__GUARD_INSTALL MADV_GUARD_INSTALL
 #endif
 
+static size_t tcpsrv__page_size(void) {
+    long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
 static char *tcpsrv__sys_map_stacks(size_t size) {
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
@@ -1644,6 +1649,10 @@ static int tcpsrv__sys_resolve(const char *host, const char *port, const struct 
     if (code == EAI_SYSTEM) return errno ? -errno : -EIO;
     if (code == EAI_MEMORY) return -ENOMEM;
     return code == 0 ? 0 : TCPSRV_ERESOLVE - (code < 0 ? -code : code);
+}
+
+static void tcpsrv__sys_resolve_free(struct addrinfo *list) {
+    freeaddrinfo(list);
 }
 
 static const char *tcpsrv__sys_resolve_text(int code) {
@@ -1839,11 +1848,8 @@ static int tcpsrv__poller_wait(tcpsrv__poller *poller, int timeout_ms) {
     return errno == EINTR ? 0 : -errno;
 }
 
-static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t *id) {
-    uint32_t events = poller->events[index].events;
+static TCPSRV__COLD int tcpsrv__poller_translate(uint32_t events) {
     int told = 0;
-    *id = (int64_t)poller->events[index].data.u64;
-    if (TCPSRV__LIKELY(events == EPOLLIN)) return TCPSRV__EVENT_READ;
     if (events & EPOLLIN) told |= TCPSRV__EVENT_READ;
     if (events & EPOLLOUT) told |= TCPSRV__EVENT_WRITE;
     if (events & EPOLLPRI) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_URGENT;
@@ -1851,6 +1857,13 @@ static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t
     if (events & EPOLLHUP) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_END;
     if (events & EPOLLERR) told |= TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE | TCPSRV__EVENT_ERROR;
     return told;
+}
+
+static int tcpsrv__poller_event(const tcpsrv__poller *poller, int index, int64_t *id) {
+    uint32_t events = poller->events[index].events;
+    *id = (int64_t)poller->events[index].data.u64;
+    return TCPSRV__LIKELY(events == EPOLLIN) ? TCPSRV__EVENT_READ
+                                             : tcpsrv__poller_translate(events);
 }
 
 #elif defined(TCPSERVER_USE_KQUEUE)
@@ -2466,7 +2479,7 @@ static void tcpsrv__run_timers(tcpsrv_loop *loop) {
     }
 }
 
-static uint64_t tcpsrv__ms_to_ns(int64_t ms) {
+static TCPSRV__COLD uint64_t tcpsrv__ms_to_ns(int64_t ms) {
     if (ms <= 0) return 0;
     return ms > INT64_MAX / 2000000 ? (uint64_t)INT64_MAX / 2 : (uint64_t)ms * 1000000u;
 }
@@ -3739,8 +3752,9 @@ static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *qu
    flags say is due, in the order that the contract of tcpsrv_close names. */
 
 enum {
-    TCPSRV__WANT_UNTIL = 1, TCPSRV__WANT_REGEX, TCPSRV__WANT_EXACTLY, TCPSRV__WANT_SOME,
-    TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE, TCPSRV__WANT_FRAME, TCPSRV__WANT_READY
+    TCPSRV__WANT_UNTIL = 1, TCPSRV__WANT_REGEX, TCPSRV__WANT_FRAME, /* those with a search */
+    TCPSRV__WANT_EXACTLY, TCPSRV__WANT_SOME, TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE,
+    TCPSRV__WANT_READY
 };
 enum {
     TCPSRV__BURST = 256,            /* messages served from the buffer before others have a turn */
@@ -4009,24 +4023,18 @@ static int64_t tcpsrv__match_until(tcpsrv_stream *stream, const char *data, size
 
 static int64_t tcpsrv__match_frame(tcpsrv_stream *stream, const char *data, size_t size) {
     int64_t end = (int64_t)stream->progress;
-    if (!end && size) end = stream->want.find_end(data, size, stream->want_memory);
+    if (!end) end = stream->want.find_end(data, size, stream->want_memory);
     if (end < 0) return TCPSRV_EREFUSED;
     if ((uint64_t)end > stream->want_max) return TCPSRV_ETOOBIG;
     stream->progress = (size_t)end;
     return (size_t)end <= size ? end : 0;
 }
 
-/* The length of the wanted message at the buffer's start; 0: not yet; a code. An empty message is
-   told by *empty. */
-static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
-    tcpsrv__block *in = stream->in;
-    char *data = in ? in->data + in->begin : NULL;
-    size_t size = in ? tcpsrv__block_size(in) : 0;
-    int64_t end = 0;
+/* Kinds that need no search for an end within max. *empty: an empty message is there. */
+static TCPSRV__COLD int64_t tcpsrv__match_size(const tcpsrv_stream *stream, size_t size,
+                                               int *empty) {
+    size_t wanted = stream->want.size;
     switch (stream->want_kind) {
-    case TCPSRV__WANT_UNTIL: if (size) end = tcpsrv__match_until(stream, data, size); break;
-    case TCPSRV__WANT_REGEX: if (size) end = tcpsrv__match_regex(stream, data, size); break;
-    case TCPSRV__WANT_FRAME: end = tcpsrv__match_frame(stream, data, size); break;
     case TCPSRV__WANT_SOME: return (int64_t)(size < stream->want_max ? size : stream->want_max);
     case TCPSRV__WANT_READY: *empty = !stream->connecting && !stream->dead; return 0;
     case TCPSRV__WANT_CLOSE:
@@ -4034,9 +4042,25 @@ static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
         *empty = stream->eof && !size;
         return stream->eof ? (int64_t)size : 0;
     default:
-        *empty = stream->want.size == 0;
-        return size >= stream->want.size ? (int64_t)stream->want.size : 0;
+        *empty = wanted == 0;
+        return size >= wanted ? (int64_t)wanted : 0;
     }
+}
+
+/* The length of the wanted message at the buffer's start; 0: not yet; a code. */
+static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
+    tcpsrv__block *in = stream->in;
+    char *data = in ? in->data + in->begin : NULL;
+    size_t size = in ? tcpsrv__block_size(in) : 0;
+    int64_t end = 0;
+    if (stream->want_kind > TCPSRV__WANT_FRAME) return tcpsrv__match_size(stream, size, empty);
+    if (!size) return 0;
+    if (TCPSRV__LIKELY(stream->want_kind == TCPSRV__WANT_UNTIL))
+        end = tcpsrv__match_until(stream, data, size);
+    else if (stream->want_kind == TCPSRV__WANT_FRAME)
+        end = tcpsrv__match_frame(stream, data, size);
+    else
+        end = tcpsrv__match_regex(stream, data, size);
     if (end < 0) return end;
     if ((size_t)end > stream->want_max || (!end && size > stream->want_max)) return TCPSRV_ETOOBIG;
     return end;
@@ -5391,7 +5415,7 @@ static TCPSRV__COLD void tcpsrv__lookup_errand(void *arg) {
     if (lookup->err) return;
     tcpsrv__names_add(&lookup->names, list, AF_INET);
     tcpsrv__names_add(&lookup->names, list, AF_INET6);
-    freeaddrinfo(list);
+    tcpsrv__sys_resolve_free(list);
     if (!lookup->names.count) lookup->err = -EAFNOSUPPORT;
 }
 
@@ -5446,7 +5470,7 @@ static int tcpsrv__listen_at(const struct sockaddr *name, socklen_t size,
 
 /* A family that this host lacks is left out where nobody named the address itself: a container's
    localhost may have a ::1 that no interface has. */
-static int tcpsrv__may_skip(int err, int family, const char *host) {
+static TCPSRV__COLD int tcpsrv__may_skip(int err, int family, const char *host) {
     if (err == -EAFNOSUPPORT) return 1;
     return err == -EADDRNOTAVAIL && family == AF_INET6 &&
            (!host || strcmp(host, "localhost") == 0);

@@ -1,0 +1,82 @@
+# make run        builds the echo server and starts it on port 8888
+# make test       everything; the last line is the sum
+# make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
+# make examples, make lint, make install, make clean
+
+CC = cc
+CFLAGS = -O1 -g
+SAN =
+BUILD = build
+PREFIX = /usr/local
+JOBS = 2
+
+WARN = -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wcast-qual \
+       -Wstrict-prototypes -Werror
+SANITIZE = $(if $(SAN),-fsanitize=$(SAN) -fno-sanitize-recover=all -fno-omit-frame-pointer)
+COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(SANITIZE)
+
+UNITS = $(patsubst tests/%.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
+EXAMPLES = $(patsubst examples/%.c,$(BUILD)/examples/%,$(sort $(wildcard examples/*.c)))
+
+# The same claims hold for the poller that systems without a better one get.
+ifeq ($(shell uname -s),Linux)
+POLL_UNITS = $(patsubst $(BUILD)/%,$(BUILD)/poll/%,$(UNITS))
+endif
+
+export CC CFLAGS BUILD
+
+all: examples
+
+run: $(BUILD)/echo
+	@echo "An echo server listens on port 8888. Try it from another terminal: nc 127.0.0.1 8888"
+	@echo "(or: telnet 127.0.0.1 8888). Each line that you send comes back. Ctrl-C ends the server."
+	@$(BUILD)/echo
+
+$(BUILD)/echo: examples/echo.c tcpserver.h
+	@mkdir -p $(BUILD)
+	$(CC) examples/echo.c -o $@
+
+examples: $(EXAMPLES)
+
+$(BUILD)/examples/%: examples/%.c tcpserver.h $(BUILD)/flags
+	@mkdir -p $(BUILD)/examples
+	$(COMPILE) $< -o $@
+
+$(BUILD)/test_%: tests/test_%.c tests/test.h tests/support.h tcpserver.h $(BUILD)/flags
+	@rm -f $@
+	$(COMPILE) -pthread $< -o $@
+
+$(BUILD)/poll/test_%: tests/test_%.c tests/test.h tests/support.h tcpserver.h $(BUILD)/flags
+	@mkdir -p $(BUILD)/poll
+	@rm -f $@
+	$(COMPILE) -DTCPSERVER_USE_POLL -pthread $< -o $@
+
+# A change of compiler or flags makes all programs old.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' > $@
+
+programs: $(UNITS) $(POLL_UNITS)
+
+# -k: a test program that does not compile fails by name, and the others still run.
+unit:
+	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs
+	@sh tests/run.sh $(UNITS) $(POLL_UNITS)
+
+test:
+	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs
+	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/e2e.sh tests/matrix.sh
+
+lint:
+	@sh tests/lint.sh
+
+install:
+	mkdir -p '$(DESTDIR)$(PREFIX)/include'
+	cp tcpserver.h '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
+	chmod 644 '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
+
+clean:
+	rm -rf '$(BUILD)'
+
+FORCE:
+.PHONY: all run examples programs unit test lint install clean FORCE

@@ -1,0 +1,511 @@
+#!/bin/sh
+# End to end: the examples, built by their own compile lines, against clients that were written
+# elsewhere and a few of tests/tools. One line for each claim; the last line is the sum.
+#
+#   CC=clang BUILD=build sh tests/e2e.sh [PART OF A NAME]
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+only=${1:-}
+mkdir -p "${BUILD:-$root/build}/e2e" || exit 1
+bin=$(cd "${BUILD:-$root/build}/e2e" && pwd)
+work=$(mktemp -d) || exit 1
+passed=0 failed=0 skipped=0
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+# Runs a function in a directory and a process of its own; what it started ends with it. The file
+# "note" there is shown with the name.
+row() { # NAME FUNCTION [ARGUMENT...]
+    name=$1
+    shift
+    case $name in *"$only"*) ;; *) return ;; esac
+    rm -rf "$work/row" && mkdir "$work/row"
+    (
+        pids=
+        trap 'end $pids' EXIT
+        trap 'exit 130' INT TERM
+        cd "$work/row" && "$@"
+    ) </dev/null >"$work/log" 2>&1
+    case $? in
+    0) echo "ok $name$(sed 's/.*/ (&)/' "$work/row/note" 2>/dev/null)" && passed=$((passed + 1)) ;;
+    77) echo "skip $name: $(tail -n 1 "$work/log")" && skipped=$((skipped + 1)) ;;
+    130) exit 130 ;;
+    *) echo "FAIL $name" && failed=$((failed + 1)) && sed 's/^/    /' "$work/log" ;;
+    esac
+}
+
+end() {
+    for one; do kill -CONT "$one" && kill "$one"; done 2>/dev/null
+    for one; do wait_for 5 is_gone "$one" || kill -9 "$one"; done 2>/dev/null
+}
+
+fail() {
+    echo "$*"
+    for file in err answers; do [ ! -s $file ] || { echo "$file:" && head -n 20 $file; }; done
+    exit 1
+}
+
+need() { # COMMAND...
+    for one; do
+        command -v "$one" >/dev/null || {
+            echo "no $one here"
+            exit 77
+        }
+    done
+}
+
+wait_for() { # SECONDS COMMAND...: until the command succeeds
+    tries=$(($1 * 20))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [ $((tries -= 1)) -gt 0 ] || return 1
+        sleep 0.05
+    done
+}
+
+is_gone() { # a process that only waits to be collected has ended too
+    case $(ps -o stat= -p "$1" 2>/dev/null) in '' | Z*) return 0 ;; esac
+    return 1
+}
+
+background() {
+    "$@" &
+    pid=$!
+    pids="$pids $pid"
+}
+
+serve() { # PROGRAM [ARGUMENT...]: starts it; sets pid and port
+    background "$@" >out 2>err
+    wait_for 10 grep -q '^listening on ' out || fail "$* does not listen"
+    port=$(sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' out)
+}
+
+bounded() { # SECONDS COMMAND...
+    if command -v timeout >/dev/null; then timeout "$@"; else shift && "$@"; fi
+}
+
+client() { bounded 30 "$bin/client" 127.0.0.1 "$port"; }
+
+same() { # WHAT EXPECTED-TEXT: compares the file "answers"
+    printf "$2" | cmp -s - answers || fail "$1: not the answer that was expected"
+}
+
+contains() { grep -qF -- "$1" answers || fail "no answer says: $1"; }
+
+answers_hello() {
+    printf 'hello\n' | client >answers || return 1
+    grep -q hello answers
+}
+
+cpu_ticks() { awk '{ sub(/.*\) /, ""); print $12 + $13 }' "/proc/$1/stat"; }
+
+# ---- each example --------------------------------------------------------------------------------
+
+compiles_by_its_comment() { # NAME
+    line=$(sed -n 's/^ \*     \(cc .*\)$/\1/p' "$root/examples/$1.c" | head -n 1)
+    [ -n "$line" ] || fail "examples/$1.c has no compile line"
+    ln -sfn "$root/examples" "$bin/examples"
+    cd "$bin" && rm -f "$1" || exit 1
+    eval "${CC:-cc} ${line#cc}" || fail "$line"
+    [ -x "$1" ] || fail "$line: made no $1"
+}
+
+builds_tool() {
+    ${CC:-cc} -O2 "$root/tests/tools/$1.c" -o "$bin/$1" || fail "tests/tools/$1.c"
+}
+
+answers() { # NAME TEXT EXPECTED
+    serve "$bin/$1" 0
+    printf "$2" | client >answers || fail "no answer"
+    same "$1" "$3"
+}
+
+answers_like() { # NAME PATTERN
+    serve "$bin/$1" 0
+    printf 'hello\n' | client >answers || fail "no answer"
+    grep -q "$2" answers && ! grep -qv "$2" answers || fail "$1: not the line expected"
+}
+
+refused() { # EXPECTED-PART COMMAND...: ends with 1 and says why
+    part=$1
+    shift
+    bounded 10 "$@" >answers 2>&1
+    status=$?
+    [ $status -eq 1 ] || fail "$*: exit status $status"
+    contains "$part"
+}
+
+bad_input_is_refused() {
+    serve "$bin/echo" 0
+    for one in echo echo_callbacks chat redis prefork sockets; do
+        refused 70000 "$bin/$one" 70000
+        refused "$port: Address already in use" "$bin/$one" "$port"
+    done
+    refused 'usage' "$bin/client"
+    refused 'no.such.host' "$bin/client" no.such.host "$port"
+    refused '70000' "$bin/client" 127.0.0.1 70000
+    end "$pid"
+    refused 'Connection refused' "$bin/client" 127.0.0.1 "$port"
+}
+
+# ---- streams -------------------------------------------------------------------------------------
+
+nc_half_closes() {
+    need nc
+    nc -h 2>&1 | grep -q -- '-N' || { echo "nc has no -N" && exit 77; }
+    serve "$bin/echo" 0
+    printf 'a\nb\n' | bounded 10 nc -N 127.0.0.1 "$port" >answers
+    same nc 'a\nb\n'
+}
+
+socat_half_closes() {
+    need socat
+    serve "$bin/echo" 0
+    printf 'a\nb\n' | bounded 10 socat -t 5 - "TCP:127.0.0.1:$port" >answers
+    same socat 'a\nb\n'
+}
+
+eight_mebibytes_come_back() { # SERVER
+    serve "$bin/$1" 0
+    awk 'BEGIN { for (i = 0; i < 131072; i++) printf "%063d\n", i }' >sent
+    client <sent >answers || fail "the client failed"
+    cmp sent answers || exit 1
+}
+
+crowd_is_served() { # SERVER MOST-BYTES-EACH
+    [ -r /proc/self/smaps_rollup ] || { echo "no /proc/PID/smaps_rollup" && exit 77; }
+    ulimit -n "$(ulimit -Hn)"
+    serve "$bin/$1" 0
+    bounded 60 "$bin/crowd" "$port" 15000 10 1 "$pid" >answers || fail "$(cat answers)"
+    each=$(sed -n 's/^bytes-each //p' answers)
+    echo "$(sed -n 's/^connections //p' answers) connections, $each bytes each" >note
+    [ "$each" -le "$2" ] || fail "$each bytes each, at most $2 allowed"
+    [ ! -s err ] || fail "it logged"
+    answers_hello || fail "no service afterwards"
+}
+
+flood_is_held_back() { # SERVER
+    [ -r /proc/self/smaps_rollup ] || { echo "no /proc/PID/smaps_rollup" && exit 77; }
+    serve "$bin/$1" 0
+    bounded 60 "$bin/flood" "$port" 512 "$pid" || fail "the flood"
+}
+
+calls() { awk -v names=" $* " 'index(names, " " $NF " ") { n += $4 } END { print n + 0 }' trace; }
+
+traced() { # SERVER BURSTS DEPTH: how many calls of each kind that takes
+    need strace
+    strace -c -o /dev/null true 2>/dev/null || { echo "strace may not trace here" && exit 77; }
+    serve strace -D -c -o trace "$bin/$1" 0
+    "$bin/crowd" "$port" 1 "$2" "$3" >answers || fail "the client failed"
+    kill "$pid"
+    wait_for 5 grep -q total trace || fail "strace says nothing"
+    receives=$(calls read readv recvfrom recvmsg)
+    sends=$(calls write writev sendto sendmsg)
+    waits=$(calls epoll_wait epoll_pwait epoll_pwait2 poll ppoll)
+    controls=$(calls epoll_ctl)
+    echo "$receives receives, $sends sends, $waits waits, $controls epoll_ctl" >note
+}
+
+near() { # NAME COUNT EXPECTED: at most 2 % more, and no fewer
+    [ "$2" -ge "$3" ] && [ "$2" -le $(($3 + $3 / 50)) ] || fail "$1: $2, expected $3"
+}
+
+three_calls_a_request() { # SERVER
+    traced "$1" 10000 1
+    near receives "$receives" 10000
+    near sends "$sends" 10000
+    near waits "$waits" 10000
+    [ "$controls" -le 6 ] || fail "$controls calls of epoll_ctl"
+}
+
+two_calls_a_burst() { # SERVER
+    traced "$1" 2000 16
+    near receives "$receives" 2000
+    near sends "$sends" 2000
+    [ "$controls" -le 6 ] || fail "$controls calls of epoll_ctl"
+}
+
+# ---- redis ---------------------------------------------------------------------------------------
+
+cli() { bounded 10 redis-cli -p "$port" "$@" >answers || fail "redis-cli $*"; }
+
+redis_cli_session() {
+    need redis-cli
+    serve "$bin/redis" 0
+    cli PING && same PING 'PONG\n'
+    cli SET greeting 'hello there' && same SET 'OK\n'
+    cli GET greeting && same GET 'hello there\n'
+    cli GET nothing && same 'GET of nothing' '\n'
+    cli INCR greeting && contains 'ERR value is not an integer or out of range'
+    cli SET number 9223372036854775807 && same SET 'OK\n'
+    cli INCR number && contains 'ERR increment or decrement would overflow'
+    cli INCR fresh && same INCR '1\n'
+    cli MSET a 1 b 2 && same MSET 'OK\n'
+    cli MSET a 1 b && contains "ERR wrong number of arguments for 'mset' command"
+    cli MGET a b c && same MGET '1\n2\n\n'
+    cli EXISTS a b c a && same EXISTS '3\n'
+    cli DEL a b c && same DEL '2\n'
+    cli DBSIZE && same DBSIZE '3\n'
+    cli SET a 1 EX 10 && contains 'ERR syntax error'
+    cli foo bar && contains "ERR unknown command 'foo', with args beginning with: 'bar' "
+    cli GET && contains "ERR wrong number of arguments for 'get' command"
+    cli COMMAND DOCS && cli COMMAND COUNT && same 'COMMAND COUNT' '14\n'
+    cli FLUSHALL && cli DBSIZE && same DBSIZE '0\n'
+}
+
+redis_keeps_binary_values() {
+    need redis-cli
+    serve "$bin/redis" 0
+    awk 'BEGIN { for (i = 0; i < 65536; i++) printf "%c%c\r\n", 0, i % 256 }' >value
+    bounded 10 redis-cli -p "$port" -x SET value <value >answers && same SET 'OK\n'
+    { cat value && echo; } >expected
+    cli --raw GET value && cmp expected answers || fail "a value changed"
+}
+
+redis_benchmark_runs() {
+    need redis-benchmark
+    serve "$bin/redis" 0
+    bounded 40 redis-benchmark -p "$port" -t ping,set,get,incr,mset -n 200000 -c 50 -P 16 -q \
+        >raw 2>&1 || fail "exit status $?"
+    tr '\r' '\n' <raw >answers
+    [ "$(grep -c 'requests per second' answers)" -eq 6 ] || fail "not six results"
+    ! grep -Ei 'error|warning' answers || fail "it complained"
+}
+
+redis_cli_pipe_loads() {
+    need redis-cli
+    serve "$bin/redis" 0
+    awk 'BEGIN { for (i = 0; i < 100000; i++)
+        printf "*3\r\n$3\r\nSET\r\n$10\r\nkey:%06d\r\n$6\r\n%06d\r\n", i, i }' |
+        bounded 30 redis-cli -p "$port" --pipe >answers || fail "exit status $?"
+    contains 'errors: 0, replies: 100000'
+    cli DBSIZE && same DBSIZE '100000\n'
+    cli GET key:099999 && same GET '099999\n'
+}
+
+redis_takes_inline_commands() {
+    serve "$bin/redis" 0
+    printf 'PING\r\nset a b\n\r\n  GET   a \r\nnope\r\nQUIT\r\nPING\r\n' | client >answers
+    printf '+PONG\r\n+OK\r\n$1\r\nb\r\n' >expected
+    printf "%s\r\n+OK\r\n" "-ERR unknown command 'nope', with args beginning with: " >>expected
+    cmp expected answers || fail "inline commands"
+}
+
+# The server ends it: this client's input does not.
+broken_frame() { # FRAME ERROR
+    printf "$1" >&3
+    bounded 5 "$bin/client" 127.0.0.1 "$port" <endless >answers || fail "$1: no end"
+    same "$1" "+PONG\r\n-ERR Protocol error: $2\r\n"
+}
+
+redis_refuses_broken_frames() {
+    serve "$bin/redis" 0
+    mkfifo endless
+    exec 3<>endless
+    broken_frame '*1\r\n$4\r\nPING\r\n*x\r\n' 'invalid multibulk length'
+    broken_frame 'PING\r\n*2000000000\r\n' 'invalid multibulk length'
+    broken_frame 'PING\r\n*1\r\n:4\r\n' "expected '\$', got ':'"
+    broken_frame 'PING\r\n*1\r\n$-5\r\n' 'invalid bulk length'
+    broken_frame 'PING\r\n*2\r\n$4\r\nPING\r\n$99999999999\r\n' 'invalid bulk length'
+    answers_hello || fail "no service afterwards"
+}
+
+# ---- chat ----------------------------------------------------------------------------------------
+
+joins() { # NAME DESCRIPTOR: a client that says what is written to that descriptor
+    mkfifo "$1.in"
+    eval "exec $2<>$1.in" # for both, since that never waits for the other side
+    "$bin/client" 127.0.0.1 "$port" <"$1.in" >"$1.out" &
+    pid=$!
+    pids="$pids $pid"
+}
+
+has() { grep -q "$2" "$1.out"; }
+
+everybody_hears_everybody() {
+    serve "$bin/chat" 0
+    joins a 3
+    joins b 4
+    joins c 5
+    for one in a b c; do
+        case $one in a) fd=3 ;; b) fd=4 ;; c) fd=5 ;; esac
+        echo "I am $one" >&$fd
+        wait_for 5 has $one "I am $one" || fail "$one does not hear itself"
+    done
+    for one in a b c; do wait_for 5 has $one "I am c" || fail "$one does not hear c"; done
+    echo "bye" >&3
+    wait_for 5 has b bye && wait_for 5 has c bye || fail "not everybody hears a"
+}
+
+has_lines() { [ "$(wc -l <"$1.out")" -ge "$2" ]; }
+
+slow_reader_is_dropped() {
+    serve "$bin/chat" 0
+    joins slow 3
+    slow=$pid
+    joins quick 4
+    echo ready >&4 && wait_for 5 has quick ready || fail "quick does not hear itself"
+    echo here >&3 && wait_for 5 has quick here || fail "slow is not heard"
+    kill -STOP "$slow"
+    awk 'BEGIN { for (i = 0; i < 1000; i++) printf "%0999d\n", i }' >chunk
+    i=0
+    while [ $((i += 1)) -le 50 ]; do
+        cat chunk >&4
+        wait_for 10 has_lines quick $((i * 1000 + 2)) || fail "quick stopped hearing at $i"
+    done
+    kill -CONT "$slow"
+    wait_for 10 is_gone "$slow" || fail "slow is still there"
+    echo after >&4 && wait_for 5 has quick after || fail "quick suffered"
+}
+
+# ---- processes -----------------------------------------------------------------------------------
+
+worker() { sed -n "s/^task $1: pid //p" err | tail -n 1; }
+
+both_work() { [ -n "$(worker 0)" ] && [ -n "$(worker 1)" ]; }
+
+starts_two() { # PROGRAM
+    serve "$bin/$1" 0 2
+    wait_for 5 both_work || fail "not two workers"
+    pids="$pids $(worker 0) $(worker 1)"
+}
+
+is_replaced() { [ "$(worker 1)" != "$1" ]; }
+
+killed_worker_is_restarted() { # PROGRAM
+    starts_two "$1"
+    old=$(worker 1)
+    "$bin/crowd" "$port" 50 2000 4 >load 2>&1 & load=$!
+    pids="$pids $load"
+    sleep 0.2
+    kill -9 "$old"
+    wait_for 10 is_replaced "$old" || fail "task 1 is not restarted"
+    pids="$pids $(worker 1)"
+    end $load
+    for i in 1 2 3 4 5 6 7 8; do answers_hello || fail "no service afterwards"; done
+    [ "$(grep -c '^listening on ' out)" -eq 1 ] || fail "more than one line says listening"
+}
+
+sigterm_ends_all() { # PROGRAM [EXIT-STATUS]
+    starts_two "$1"
+    parent=$pid first=$(worker 0) second=$(worker 1)
+    kill "$parent"
+    wait_for 10 is_gone "$parent" || fail "the parent stays"
+    wait "$parent"
+    status=$?
+    is_gone "$first" && is_gone "$second" || fail "orphans"
+    [ "$status" -eq 0 ] || fail "the parent's exit status is $status"
+}
+
+sigterm_lets_a_request_finish() {
+    starts_two prefork
+    parent=$pid
+    joins late 3
+    printf 'half a' >&3
+    sleep 0.3
+    kill "$parent"
+    sleep 0.3
+    printf ' line\n' >&3
+    wait_for 5 has late 'half a line' || fail "the request was cut"
+    wait_for 10 is_gone "$parent" || fail "the parent stays"
+}
+
+workers_end_with_a_killed_parent() { # PROGRAM
+    starts_two "$1"
+    first=$(worker 0) second=$(worker 1)
+    kill -9 "$pid"
+    wait_for 5 is_gone "$first" && wait_for 5 is_gone "$second" || fail "orphans"
+}
+
+# ---- descriptors ---------------------------------------------------------------------------------
+
+stays_calm() { # while 100 clients are there that cannot all be served
+    mkfifo hold
+    exec 3<>hold
+    "$bin/crowd" "$port" 100 0 1 <hold >crowd.out 3>&- &
+    pids="$pids $!"
+    wait_for 10 grep -q 'connections 100' crowd.out || fail "the clients do not get in"
+    server=$1
+    before=$(cpu_ticks "$server")
+    sleep 2
+    ticks=$(($(cpu_ticks "$server") - before))
+    [ "$ticks" -le 10 ] || fail "$ticks of 200 ticks of CPU time"
+    [ "$(wc -l <err)" -le 8 ] || fail "$(wc -l <err) lines logged"
+    exec 3>&-
+    wait_for 10 answers_hello || fail "no service afterwards"
+    [ "$(wc -l <err)" -le 12 ] || fail "$(wc -l <err) lines logged"
+    echo "$ticks ticks, $(wc -l <err) lines logged" >note
+}
+
+few_descriptors() { # SERVER
+    [ -r /proc/self/stat ] || { echo "no /proc" && exit 77; }
+    hard=$(ulimit -Hn)
+    ulimit -Sn 40
+    serve "$bin/$1" 0
+    ulimit -Sn "$hard"
+    stays_calm "$pid"
+}
+
+descriptors_run_out() { # SERVER: its limit falls below what it counted on
+    need prlimit
+    [ -r /proc/self/stat ] || { echo "no /proc" && exit 77; }
+    serve "$bin/$1" 0
+    prlimit --pid "$pid" --nofile=24 || fail "prlimit"
+    stays_calm "$pid"
+}
+
+# ---- the table -----------------------------------------------------------------------------------
+
+for example in client echo echo_callbacks prefork sockets chat redis; do
+    row "$example: its own compile line works" compiles_by_its_comment $example
+done
+for tool in crowd flood; do row "tools: $tool compiles" builds_tool $tool; done
+
+row "echo: answers" answers echo 'hello\n\nworld\n' 'hello\n\nworld\n'
+row "echo_callbacks: answers" answers echo_callbacks 'hello\n\nworld\n' 'hello\n\nworld\n'
+row "prefork: answers" answers prefork 'hello\n' 'hello\n'
+row "sockets: answers" answers_like sockets '^task [0-9]*: hello$'
+row "redis: answers" answers redis 'PING\r\n' '+PONG\r\n'
+row "chat: answers" answers_like chat '^127\.0\.0\.1:[0-9]*: hello$'
+row "bad input ends with a message and exit status 1" bad_input_is_refused
+
+row "a half-closing nc gets its answers" nc_half_closes
+row "a half-closing socat gets its answers" socat_half_closes
+for server in echo echo_callbacks; do
+    row "$server: 8 MiB come back to a half-closing client" eight_mebibytes_come_back $server
+done
+row "echo: idle connections, at most 4.5 KB each" crowd_is_served echo 4608
+row "echo_callbacks: idle connections, at most 256 bytes each" crowd_is_served echo_callbacks 256
+for server in echo echo_callbacks; do
+    row "$server: 512 MiB from who does not read, in 2 MiB" flood_is_held_back $server
+    row "$server: three system calls a request" three_calls_a_request $server
+    row "$server: one receive and one send for 16 requests" two_calls_a_burst $server
+done
+
+row "redis: a redis-cli session" redis_cli_session
+row "redis: binary values" redis_keeps_binary_values
+row "redis: redis-benchmark" redis_benchmark_runs
+row "redis: redis-cli --pipe loads 100,000 keys" redis_cli_pipe_loads
+row "redis: inline commands" redis_takes_inline_commands
+row "redis: broken frames" redis_refuses_broken_frames
+
+row "chat: everybody hears everybody" everybody_hears_everybody
+row "chat: a slow reader is dropped, the others hear all" slow_reader_is_dropped
+
+for program in prefork sockets; do
+    row "$program: a killed worker is restarted under its number" killed_worker_is_restarted \
+        $program
+    row "$program: SIGTERM ends parent and workers" sigterm_ends_all $program
+    row "$program: workers end with a killed parent" workers_end_with_a_killed_parent $program
+done
+row "prefork: SIGTERM lets a request finish" sigterm_lets_a_request_finish
+
+for server in echo echo_callbacks; do
+    row "$server: 100 clients on 40 descriptors" few_descriptors $server
+    row "$server: descriptors run out" descriptors_run_out $server
+done
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
