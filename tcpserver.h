@@ -771,7 +771,7 @@ typedef struct tcpsrv__thread_state {
     const char *step;              /* a string literal */
     tcpsrv_address peer;           /* the place, where it is a stream */
     char place[TCPSRV_ADDRESS_TEXT];
-    char text[512];
+    char text[320];
 } tcpsrv__thread_state;
 
 #if defined(__TINYC__)
@@ -3909,18 +3909,22 @@ static uint64_t tcpsrv__first_deadline(const tcpsrv__extra *extra) {
     return tcpsrv__earlier(due, extra->linger_due);
 }
 
-static int tcpsrv__alarm_arm(tcpsrv_stream *stream) {
+static TCPSRV__COLD int tcpsrv__alarm_arm(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     uint64_t due = tcpsrv__first_deadline(extra);
     if (!due || (extra->alarm.place && extra->alarm.due <= due)) return 0;
     return tcpsrv__timer_arm(stream->source.loop, &extra->alarm, due);
 }
 
-static void tcpsrv__touch(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__touch_deadlines(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
-    if (TCPSRV__LIKELY(!extra)) return;
     if (extra->idle_due) extra->idle_due = stream->source.loop->now + stream->owner->idle_ns;
     if (extra->write_due) extra->write_due = stream->source.loop->now + extra->write_ns;
+}
+
+/* A byte has come or gone. */
+static void tcpsrv__touch(tcpsrv_stream *stream) {
+    if (stream->extra) tcpsrv__touch_deadlines(stream);
 }
 
 static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
@@ -4151,7 +4155,7 @@ static int tcpsrv__received(tcpsrv_stream *stream, const struct iovec *pieces, s
     return tcpsrv__input_put(stream, loop->scratch, size - first);
 }
 
-static void tcpsrv__read_dry(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__read_dry(tcpsrv_stream *stream) {
     stream->readable = 0;
     if (!stream->unpolled)
         tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd, stream->source.id,
@@ -4194,7 +4198,7 @@ static int tcpsrv__read_held_back(const tcpsrv_stream *stream) {
 }
 
 /* Why a read that the buffer cannot answer, and no receive either, ends; 0: it waits. */
-static int tcpsrv__read_end(const tcpsrv_stream *stream) {
+static TCPSRV__COLD int tcpsrv__read_end(const tcpsrv_stream *stream) {
     int begun = stream->in || (stream->want_kind == TCPSRV__WANT_INTO && stream->progress);
     if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
     if (stream->eof) return TCPSRV_EOF;
@@ -4288,7 +4292,7 @@ static void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes b
     fn(stream, err, bytes, stream->read_arg);
 }
 
-static void tcpsrv__read_fail(tcpsrv_stream *stream, int err) {
+static TCPSRV__COLD void tcpsrv__read_fail(tcpsrv_stream *stream, int err) {
     tcpsrv_bytes none = { "", 0 };
     tcpsrv__read_complete(stream, err, none);
 }
@@ -5767,7 +5771,7 @@ TCPSRV_IMPL const char *tcpsrv_last_error(void) {
     if (!thread->error) return "";
     if (thread->peer.family)
         tcpsrv_address_text(&thread->peer, thread->place, sizeof thread->place);
-    snprintf(thread->text, sizeof thread->text, "%s%s%s: %s", thread->step,
+    snprintf(thread->text, sizeof thread->text, "%.40s%s%.127s: %.120s", thread->step,
              thread->place[0] ? " " : "", thread->place, tcpsrv_strerror(thread->error));
     return thread->text;
 }
@@ -5906,8 +5910,9 @@ static tcpsrv *tcpsrv__server_of(tcpsrv__owner *owner) {
 
 /* ---- logging --------------------------------------------------------------------------------- */
 
-static void tcpsrv__log(tcpsrv *server, int level, const char *line) {
-    if (server->options.log) server->options.log(level, line, server->options.user);
+static TCPSRV__COLD void tcpsrv__log(tcpsrv *server, int level, const char *line) {
+    tcpsrv_log_fn *fn = server->options.log;
+    if (fn) fn(level, line, server->options.user);
     else tcpsrv__log_default(level, line);
 }
 
