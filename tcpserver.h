@@ -2341,7 +2341,7 @@ static tcpsrv__source *tcpsrv__take_ready(tcpsrv_loop *loop) {
     return source;
 }
 
-static void tcpsrv__make_flushing(tcpsrv__source *source) {
+static TCPSRV__NOINLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
     tcpsrv_loop *loop = source->loop;
     if (source->is_flushing) return;
     source->is_flushing = 1;
@@ -2382,7 +2382,7 @@ static TCPSRV__COLD void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
     }
 }
 
-static void tcpsrv__run_ready(tcpsrv_loop *loop) {
+static TCPSRV__COLD void tcpsrv__run_ready(tcpsrv_loop *loop) {
     size_t n = loop->ready_count;
     for (; n > 0; n--) {
         tcpsrv__source *source = tcpsrv__take_ready(loop);
@@ -2777,7 +2777,7 @@ static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
     return left > INT_MAX ? INT_MAX : (int)left;
 }
 
-static int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
+static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     int n;
     thread->turning = loop;
@@ -3158,7 +3158,7 @@ static void tcpsrv__co_resume(tcpsrv__co *co) {
     if (co->ended) tcpsrv__co_end(co);
 }
 
-static void tcpsrv__co_run(tcpsrv__source *source) {
+static TCPSRV__COLD void tcpsrv__co_run(tcpsrv__source *source) {
     tcpsrv__co_resume(TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
@@ -3772,7 +3772,7 @@ typedef struct tcpsrv__transport {
 
 /* What streams of one server have in common; a stream without a server has one of its own. */
 typedef struct tcpsrv__owner {
-    size_t max_buffer_size, max_write_buffer_size, write_high_water, read_chunk_size;
+    tcpsrv_options options;         /* with the defaults filled in */
     uint64_t idle_ns, close_ns;
     int draining;
     tcpsrv_stats stats;
@@ -4106,7 +4106,7 @@ static TCPSRV__COLD int tcpsrv__input_put(tcpsrv_stream *stream, const char *dat
 static int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces) {
     tcpsrv_loop *loop = stream->source.loop;
     size_t size = tcpsrv__class_size[stream->in_class] - sizeof(tcpsrv__block);
-    size_t most = stream->owner->read_chunk_size;
+    size_t most = stream->owner->options.read_chunk_size;
     int n = 0;
     if (most < size) most = size;
     if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
@@ -4193,7 +4193,7 @@ static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes byte
 
 /* Who only has callbacks is held back while the peer does not take his answers. */
 static int tcpsrv__read_held_back(const tcpsrv_stream *stream) {
-    return stream->out.size > stream->owner->write_high_water && !stream->dead &&
+    return stream->out.size > stream->owner->options.write_high_water && !stream->dead &&
            stream->read_fn != tcpsrv__await_done;
 }
 
@@ -4317,7 +4317,7 @@ static void tcpsrv__input_step(tcpsrv_stream *stream) {
 /* Whether a read may begin; makes it the stream's. */
 static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tcpsrv_read_fn *fn,
                               void *arg) {
-    size_t most = stream->owner->max_buffer_size;
+    size_t most = stream->owner->options.max_buffer_size;
     if (stream->closing) return TCPSRV_ECLOSED;
     if (stream->read_fn) return TCPSRV_EBUSY;
     if (!want->kind || (want->kind == TCPSRV__WANT_UNTIL && !want->size)) return -EINVAL;
@@ -4466,7 +4466,7 @@ static TCPSRV__COLD void tcpsrv__output_emptied(tcpsrv_stream *stream) {
 }
 
 static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
-    size_t high = stream->owner->write_high_water;
+    size_t high = stream->owner->options.write_high_water;
     int was_held_back = stream->out.size > high;
     stream->owner->stats.bytes_written += size;
     tcpsrv__touch(stream);
@@ -4591,8 +4591,8 @@ static int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t siz
     size_t queued = stream->out.size + size;
     int err = tcpsrv__may_write(stream);
     if (err || !size) return err;
-    if (queued > stream->owner->max_write_buffer_size &&
-        tcpsrv__queue_memory(&stream->out) + size > stream->owner->max_write_buffer_size)
+    if (queued > stream->owner->options.max_write_buffer_size &&
+        tcpsrv__queue_memory(&stream->out) + size > stream->owner->options.max_write_buffer_size)
         return TCPSRV_EBUFFULL;
     if (queued > TCPSRV__GATHER_SIZE && stream->writable && !stream->connecting)
         return tcpsrv__write_large(stream, data, size);
@@ -4825,7 +4825,7 @@ static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
 }
 
 /* 1: the deadline has passed, and is none any more. */
-static int tcpsrv__passed(const tcpsrv_loop *loop, uint64_t *due) {
+static TCPSRV__NOINLINE int tcpsrv__passed(const tcpsrv_loop *loop, uint64_t *due) {
     if (!*due || *due > loop->now) return 0;
     *due = 0;
     return 1;
@@ -4920,20 +4920,31 @@ enum {
     TCPSRV__CLOSE_MS = 5000
 };
 
+/* The one place where zero becomes the default. */
+static TCPSRV__COLD void tcpsrv__owner_fill(tcpsrv__owner *owner) {
+    tcpsrv_options *options = &owner->options;
+    size_t descriptors = tcpsrv__sys_descriptor_limit();
+    if (!options->max_buffer_size) options->max_buffer_size = TCPSRV__MAX_BUFFER;
+    if (!options->max_write_buffer_size) options->max_write_buffer_size = TCPSRV__MAX_BUFFER;
+    if (!options->write_high_water) options->write_high_water = TCPSRV__HIGH_WATER;
+    if (!options->read_chunk_size) options->read_chunk_size = TCPSRV__CHUNK;
+    if (!options->stack_size) options->stack_size = TCPSRV__STACK_SIZE;
+    if (!options->close_timeout_ms) options->close_timeout_ms = TCPSRV__CLOSE_MS;
+    if (!options->max_connections)
+        options->max_connections = descriptors > 64 ? descriptors - 32 : descriptors / 2;
+    owner->idle_ns = tcpsrv__ms_to_ns(options->idle_timeout_ms);
+    owner->close_ns = tcpsrv__ms_to_ns(options->close_timeout_ms);
+}
+
 static tcpsrv__lone *tcpsrv__lone_new(const tcpsrv_connect_options *options) {
     tcpsrv__lone *lone = (tcpsrv__lone *)tcpsrv__alloc(sizeof *lone);
-    tcpsrv__owner *owner = lone ? &lone->owner : NULL;
     if (!lone) return NULL;
-    owner->max_buffer_size = TCPSRV__MAX_BUFFER;
-    owner->max_write_buffer_size = TCPSRV__MAX_BUFFER;
-    owner->write_high_water = TCPSRV__HIGH_WATER;
-    owner->read_chunk_size = TCPSRV__CHUNK;
-    owner->close_ns = tcpsrv__ms_to_ns(TCPSRV__CLOSE_MS);
-    if (!options) return lone;
-    if (options->max_buffer_size) owner->max_buffer_size = options->max_buffer_size;
-    if (options->max_write_buffer_size)
-        owner->max_write_buffer_size = options->max_write_buffer_size;
-    if (options->write_high_water) owner->write_high_water = options->write_high_water;
+    if (options) {
+        lone->owner.options.max_buffer_size = options->max_buffer_size;
+        lone->owner.options.max_write_buffer_size = options->max_write_buffer_size;
+        lone->owner.options.write_high_water = options->write_high_water;
+    }
+    tcpsrv__owner_fill(&lone->owner);
     return lone;
 }
 
@@ -5097,7 +5108,7 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     stream->held = 1;
     err = tcpsrv__may_write(stream);
     if (err || !size) return err;
-    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->write_high_water)) {
+    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water)) {
         err = tcpsrv__queue_append(loop, &stream->out, data, size);
         return err ? err : tcpsrv__output_queued(stream);
     }
@@ -5340,19 +5351,15 @@ static void tcpsrv__address_from_sockaddr(tcpsrv_address *address, const struct 
 
 TCPSRV_IMPL const char *tcpsrv_address_text(const tcpsrv_address *address, char *text,
                                             size_t size) {
-    char ip[INET6_ADDRSTRLEN] = "?", scope[16] = "";
-    if (address->family == AF_INET) {
-        inet_ntop(AF_INET, address->ip, ip, sizeof ip);
-        snprintf(text, size, "%s:%u", ip, (unsigned)address->port);
-    } else if (address->family == AF_INET6) {
-        inet_ntop(AF_INET6, address->ip, ip, sizeof ip);
-        if (address->scope_id) snprintf(scope, sizeof scope, "%%%u", address->scope_id);
-        snprintf(text, size, "[%s%s]:%u", ip, scope, (unsigned)address->port);
-    } else if (address->family == AF_UNIX) {
+    char ip[INET6_ADDRSTRLEN] = "unknown", scope[16] = "";
+    if (address->family == AF_UNIX) {
         snprintf(text, size, "unix:%s", address->path);
-    } else {
-        snprintf(text, size, "unknown address");
+        return text;
     }
+    inet_ntop(address->family, address->ip, ip, sizeof ip);
+    if (address->scope_id) snprintf(scope, sizeof scope, "%%%u", address->scope_id);
+    snprintf(text, size, address->family == AF_INET6 ? "[%s%s]:%u" : "%s%s:%u", ip, scope,
+             (unsigned)address->port);
     return text;
 }
 
@@ -5891,7 +5898,6 @@ typedef struct tcpsrv__log_cause {
 struct tcpsrv {
     tcpsrv__source source;
     tcpsrv__owner owner;            /* streams know their server by it */
-    tcpsrv_options options;
     tcpsrv_loop *loop;              /* NULL: not started, or the loop was freed */
     tcpsrv__listener *listeners;
     int *bound;                     /* sockets that wait for start */
@@ -5911,8 +5917,8 @@ static tcpsrv *tcpsrv__server_of(tcpsrv__owner *owner) {
 /* ---- logging --------------------------------------------------------------------------------- */
 
 static TCPSRV__COLD void tcpsrv__log(tcpsrv *server, int level, const char *line) {
-    tcpsrv_log_fn *fn = server->options.log;
-    if (fn) fn(level, line, server->options.user);
+    tcpsrv_log_fn *fn = server->owner.options.log;
+    if (fn) fn(level, line, server->owner.options.user);
     else tcpsrv__log_default(level, line);
 }
 
@@ -6041,7 +6047,7 @@ static TCPSRV__COLD void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
 
 /* At max_connections new ones wait in the backlog. */
 static int tcpsrv__at_limit(tcpsrv *server) {
-    if (server->owner.stats.active < server->options.max_connections) return 0;
+    if (server->owner.stats.active < server->owner.options.max_connections) return 0;
     if (!server->at_limit) server->owner.stats.accept_pauses++;
     server->at_limit = 1;
     tcpsrv__listeners_poll(server, 0);
@@ -6069,8 +6075,8 @@ static void tcpsrv__stream_free(tcpsrv_stream *stream) {
 static TCPSRV__COLD int tcpsrv__handler_main(void *arg) {
     tcpsrv__handler *handler = (tcpsrv__handler *)arg;
     tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
-    return server->options.handle_stream(&handler->stream, &handler->address,
-                                         server->options.user);
+    return server->owner.options.handle_stream(&handler->stream, &handler->address,
+                                         server->owner.options.user);
 }
 
 /* On the loop's stack. The stream may be closing or gone already; its memory is still there. */
@@ -6087,7 +6093,7 @@ static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address 
                                    const tcpsrv__peer_name *peer) {
     tcpsrv__handler *handler;
     void *memory;
-    tcpsrv__co *co = tcpsrv__co_new(server->loop, server->options.stack_size, sizeof *handler,
+    tcpsrv__co *co = tcpsrv__co_new(server->loop, server->owner.options.stack_size, sizeof *handler,
                                     &memory);
     int err;
     if (!co) return -ENOMEM;
@@ -6102,7 +6108,7 @@ static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address 
         return err;
     }
     handler->stream.held = handler->stream.in_stack = 1;
-    handler->stream.user = server->options.user;
+    handler->stream.user = server->owner.options.user;
     handler->stream.peer = *peer;
     handler->stream.deep = peer->family != AF_INET && peer->family != AF_INET6;
     server->owner.stats.active++;
@@ -6129,7 +6135,7 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
     tcpsrv *server = tcpsrv__server_of(owner);
     tcpsrv__stream_free(stream);
     owner->stats.active--;
-    if (server->at_limit && owner->stats.active < server->options.max_connections) {
+    if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
         if (!server->pause_timer.place) tcpsrv__listeners_poll(server, 1);
     }
@@ -6146,11 +6152,11 @@ static int tcpsrv__serve_callback(tcpsrv *server, int fd, const tcpsrv_address *
         tcpsrv__free(stream);
         return err;
     }
-    stream->user = server->options.user;
+    stream->user = server->owner.options.user;
     stream->peer = *peer;
     stream->deep = peer->family != AF_INET && peer->family != AF_INET6;
     server->owner.stats.active++;
-    err = server->options.on_stream(stream, address, server->options.user);
+    err = server->owner.options.on_stream(stream, address, server->owner.options.user);
     if (err) {
         tcpsrv__log_result(server, err, peer);
         tcpsrv_close(stream);
@@ -6167,9 +6173,9 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     int err;
     tcpsrv__address_from_sockaddr(&address, name, size);
     tcpsrv__name_peer(&peer, &address);
-    if (!TCPSRV__LINUX && !server->options.no_nodelay) tcpsrv__sys_nodelay(fd, 1);
+    if (!TCPSRV__LINUX && !server->owner.options.no_nodelay) tcpsrv__sys_nodelay(fd, 1);
     server->owner.stats.accepted++;
-    err = server->options.handle_stream ? tcpsrv__serve_coroutine(server, fd, &address, &peer)
+    err = server->owner.options.handle_stream ? tcpsrv__serve_coroutine(server, fd, &address, &peer)
                                         : tcpsrv__serve_callback(server, fd, &address, &peer);
     tcpsrv__flush_all(server->loop);
     if (!err) return;
@@ -6318,7 +6324,7 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
     int err;
     if (loop) return 0;
-    loop = server->options.loop ? server->options.loop : tcpsrv_loop_default();
+    loop = server->owner.options.loop ? server->owner.options.loop : tcpsrv_loop_default();
     if (!loop) return tcpsrv__thread()->error;
     err = tcpsrv__timer_reserve(loop, 2);
     if (!err) err = tcpsrv__source_init(&server->source, &tcpsrv__server_class, loop, -1);
@@ -6332,7 +6338,8 @@ static int tcpsrv__server_attach(tcpsrv *server) {
 static int tcpsrv__prepare_socket(tcpsrv *server, int fd) {
     int err = tcpsrv__sys_listens(fd);
     if (!err) err = tcpsrv__set_cloexec_nonblock(fd);
-    if (!err && !server->options.no_nodelay) tcpsrv__sys_nodelay(fd, 1); /* inherited on Linux */
+    if (!err && !server->owner.options.no_nodelay)
+        tcpsrv__sys_nodelay(fd, 1); /* inherited on Linux */
     return err;
 }
 
@@ -6442,11 +6449,12 @@ TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
 
 static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
+    tcpsrv_drained_fn *fn = server->owner.options.on_drained;
     if (server->owner.stats.active || server->handlers) {
         tcpsrv__abort_all(server);
     } else if (!server->drained_told) {
         server->drained_told = 1;
-        if (server->options.on_drained) server->options.on_drained(server, server->options.user);
+        if (fn) fn(server, server->owner.options.user);
         else tcpsrv_loop_stop(loop);
     }
 }
@@ -6475,19 +6483,6 @@ TCPSRV_IMPL int tcpsrv_draining(const tcpsrv *server) {
 
 /* ---- making a server ------------------------------------------------------------------------- */
 
-/* The one place where zero becomes the default. */
-static void tcpsrv__options_fill(tcpsrv_options *options) {
-    size_t descriptors = tcpsrv__sys_descriptor_limit();
-    if (!options->max_buffer_size) options->max_buffer_size = TCPSRV__MAX_BUFFER;
-    if (!options->max_write_buffer_size) options->max_write_buffer_size = TCPSRV__MAX_BUFFER;
-    if (!options->write_high_water) options->write_high_water = TCPSRV__HIGH_WATER;
-    if (!options->read_chunk_size) options->read_chunk_size = TCPSRV__CHUNK;
-    if (!options->stack_size) options->stack_size = TCPSRV__STACK_SIZE;
-    if (!options->close_timeout_ms) options->close_timeout_ms = TCPSRV__CLOSE_MS;
-    if (!options->max_connections)
-        options->max_connections = descriptors > 64 ? descriptors - 32 : descriptors / 2;
-}
-
 TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     tcpsrv *server;
     int err = 0;
@@ -6499,14 +6494,8 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
                                                                   "on_stream" : NULL);
         return NULL;
     }
-    server->options = *options;
-    tcpsrv__options_fill(&server->options);
-    server->owner.max_buffer_size = server->options.max_buffer_size;
-    server->owner.max_write_buffer_size = server->options.max_write_buffer_size;
-    server->owner.write_high_water = server->options.write_high_water;
-    server->owner.read_chunk_size = server->options.read_chunk_size;
-    server->owner.idle_ns = tcpsrv__ms_to_ns(server->options.idle_timeout_ms);
-    server->owner.close_ns = tcpsrv__ms_to_ns(server->options.close_timeout_ms);
+    server->owner.options = *options;
+    tcpsrv__owner_fill(&server->owner);
     server->owner.gone = tcpsrv__stream_gone;
     server->reserve_fd = -1;
     server->pause_ms = TCPSRV__PAUSE_MS;
@@ -6516,7 +6505,7 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
 }
 
 TCPSRV_IMPL const tcpsrv_options *tcpsrv_get_options(const tcpsrv *server) {
-    return &server->options;
+    return &server->owner.options;
 }
 
 TCPSRV_IMPL int tcpsrv_port(const tcpsrv *server, int index) {
