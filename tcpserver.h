@@ -3173,8 +3173,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(co);
     if (co->ended) return;
-    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine goes on waiting in a loop that was freed: "
-                                          "abandoned, with all that it holds");
+    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine waits on in a freed loop: abandoned");
     co->result = TCPSRV_ECANCELED;
     tcpsrv__co_end(co);
 }
@@ -3281,8 +3280,7 @@ TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *
     tcpsrv__co *co;
     if (loop->ending) return tcpsrv__fail(TCPSRV_ECANCELED, "spawn", NULL);
     co = tcpsrv__co_new(loop, stack_size, 0, NULL);
-    if (!co) return tcpsrv__fail(-ENOMEM, "spawn", "no memory or mappings for a stack "
-                                                   "(vm.max_map_count)");
+    if (!co) return tcpsrv__fail(-ENOMEM, "spawn", "no memory or mappings (vm.max_map_count)");
     co->fn = fn;
     co->arg = arg;
     tcpsrv__make_ready(&co->source);
@@ -5761,7 +5759,7 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_ETOOBIG, "the message is longer than allowed" },
     { TCPSRV_EBUFFULL, "the output buffer is full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
-    { TCPSRV_ENOTCORO, "a waiting call outside a coroutine while the loop runs" },
+    { TCPSRV_ENOTCORO, "a waiting call outside a coroutine in a running loop" },
     { TCPSRV_EREFUSED, "refused by the message's framing" }
 };
 
