@@ -639,6 +639,11 @@ extern int accept4(int, struct sockaddr *, socklen_t *, int);
 #define TCPSRV__HAVE_ACCEPT4 0
 #endif
 
+#ifdef REG_STARTEND
+#define TCPSRV__REGEX_FLAGS REG_STARTEND
+#else
+#define TCPSRV__REGEX_FLAGS 0
+#endif
 #if defined(__GLIBC__)
 typedef size_t tcpsrv__iovlen; /* the type of msg_iovlen */
 #else
@@ -1062,23 +1067,19 @@ static TCPSRV__UNUSED int tcpsrv__sys_can_wait(int fd) {
     return S_ISREG(status.st_mode) || S_ISDIR(status.st_mode) ? -EPERM : 0;
 }
 
-/* Where a match of regex ends in the memory; -1: nowhere yet. */
+/* Where a match of regex ends in the memory, which has room for a NUL behind it; -1: nowhere yet.
+   Without REG_STARTEND the text ends at its first NUL. */
 static int64_t tcpsrv__sys_regex_end(const void *regex, char *memory, size_t size) {
-    regmatch_t match;
     const regex_t *compiled = (const regex_t *)regex;
-#ifdef REG_STARTEND
+    char last = memory[size];
+    regmatch_t match;
+    int missed;
     match.rm_so = 0;
     match.rm_eo = (regoff_t)size;
-    if (regexec(compiled, memory, 1, &match, REG_STARTEND) != 0) return -1;
-#else
-    char last = memory[size];
-    int missed;
     memory[size] = 0;
-    missed = regexec(compiled, memory, 1, &match, 0);
+    missed = regexec(compiled, memory, 1, &match, TCPSRV__REGEX_FLAGS);
     memory[size] = last;
-    if (missed) return -1;
-#endif
-    return (int64_t)match.rm_eo;
+    return missed ? -1 : (int64_t)match.rm_eo;
 }
 
 /* memmem, which some systems lack or hide. */
@@ -3544,6 +3545,7 @@ struct tcpsrv__block {
 static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
     512, 2048, 8192, 32768, 131072, 262144
 };
+enum { TCPSRV__BLOCK_HEAD = sizeof(struct tcpsrv__block) + 1 }; /* and room for a final NUL */
 static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 1 };
 
 enum {
@@ -3554,7 +3556,7 @@ enum {
 
 static int tcpsrv__class_for(size_t size) {
     int i = 0;
-    while (i < TCPSRV__CLASSES && tcpsrv__class_size[i] - sizeof(tcpsrv__block) < size) i++;
+    while (i < TCPSRV__CLASSES && tcpsrv__class_size[i] - TCPSRV__BLOCK_HEAD < size) i++;
     return i < TCPSRV__CLASSES ? i : -1;
 }
 
@@ -3568,10 +3570,10 @@ static tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, size_t size) {
         loop->pool_count[pool]--;
     } else {
         if (size > SIZE_MAX / 4) return NULL;
-        while (total - sizeof *block < size) total *= 2;
+        while (total - TCPSRV__BLOCK_HEAD < size) total *= 2;
         block = (tcpsrv__block *)TCPSERVER_REALLOC(NULL, total);
         if (!block) return NULL;
-        block->capacity = total - sizeof *block;
+        block->capacity = total - TCPSRV__BLOCK_HEAD;
         block->pool = pool;
         block->file = -1;
         block->done = NULL;
@@ -3611,7 +3613,7 @@ static size_t tcpsrv__block_size(const tcpsrv__block *block) {
 
 /* Whether a block holds more than four times what must be kept of it, and the smallest class. */
 static int tcpsrv__block_is_loose(const tcpsrv__block *block, size_t kept) {
-    return block->capacity + sizeof *block > 4 * kept + tcpsrv__class_size[0];
+    return block->capacity + TCPSRV__BLOCK_HEAD > 4 * kept + tcpsrv__class_size[0];
 }
 
 /* The bytes from *from on in a block of their own size; the old one stays where there is none. */
@@ -4023,12 +4025,14 @@ static int64_t tcpsrv__match_until(tcpsrv_stream *stream, const char *data, size
     return found ? (int64_t)((size_t)(found - data) + length) : 0;
 }
 
+/* progress is the awaited length, or, inverted, the size that was not enough to know it. */
 static int64_t tcpsrv__match_frame(tcpsrv_stream *stream, const char *data, size_t size) {
-    int64_t end = (int64_t)stream->progress;
+    int64_t end = stream->progress > SIZE_MAX / 2 ? 0 : (int64_t)stream->progress;
+    if (stream->progress == ~size) return 0;
     if (!end) end = stream->want.find_end(data, size, stream->want_memory);
     if (end < 0) return TCPSRV_EREFUSED;
     if ((uint64_t)end > stream->want_max) return TCPSRV_ETOOBIG;
-    stream->progress = (size_t)end;
+    stream->progress = end ? (size_t)end : ~size;
     return (size_t)end <= size ? end : 0;
 }
 
@@ -4103,7 +4107,7 @@ static TCPSRV__COLD int tcpsrv__input_put(tcpsrv_stream *stream, const char *dat
    it scratch of the loop, so that one call takes whatever has come. */
 static int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces) {
     tcpsrv_loop *loop = stream->source.loop;
-    size_t size = tcpsrv__class_size[stream->in_class] - sizeof(tcpsrv__block);
+    size_t size = tcpsrv__class_size[stream->in_class] - TCPSRV__BLOCK_HEAD;
     size_t most = stream->owner->options.read_chunk_size;
     int n = 0;
     if (most < size) most = size;
@@ -4312,6 +4316,15 @@ static void tcpsrv__input_step(tcpsrv_stream *stream) {
         tcpsrv__input_free(stream);
 }
 
+static TCPSRV__COLD int tcpsrv__read_deadline(tcpsrv_stream *stream) {
+    tcpsrv__extra *extra = stream->extra;
+    if (!extra->read_ns) return 0;
+    extra->read_due = stream->source.loop->now + extra->read_ns;
+    if (tcpsrv__alarm_arm(stream) == 0) return 0;
+    stream->read_fn = NULL;
+    return -ENOMEM;
+}
+
 /* Whether a read may begin; makes it the stream's. */
 static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tcpsrv_read_fn *fn,
                               void *arg) {
@@ -4329,9 +4342,7 @@ static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tc
     stream->progress = 0;
     stream->read_fn = fn;
     stream->read_arg = arg;
-    if (TCPSRV__LIKELY(!stream->extra) || !stream->extra->read_ns) return 0;
-    stream->extra->read_due = stream->source.loop->now + stream->extra->read_ns;
-    return tcpsrv__alarm_arm(stream);
+    return TCPSRV__LIKELY(!stream->extra) ? 0 : tcpsrv__read_deadline(stream);
 }
 
 /* Whether there is something to try a read against without waiting for the poller. */
