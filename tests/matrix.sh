@@ -449,7 +449,7 @@ while [ -d "$tmp/row$i" ]; do
     0) passed=$((passed + 1)) ;;
     77)
         skipped=$((skipped + 1))
-        echo "skip $name: $(tail -n 1 "$tmp/row$i/log")"
+        echo "skip $name: $(sed -n "\$s/^skipped: //p" "$tmp/row$i/log")"
         ;;
     *)
         failed=$((failed + 1))

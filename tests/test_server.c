@@ -1,0 +1,550 @@
+/* The server: accepting, limits, stopping, draining, and what becomes of its streams. */
+#include "test.h"
+
+static tcpsrv *server;
+static tcpsrv_loop *loop;
+static int handled, ended;
+static char log_text[512];
+static int log_lines;
+
+static void log_line(int level, const char *line, void *user) {
+    (void)user;
+    log_lines++;
+    snprintf(log_text, sizeof log_text, "%d %s", level, line);
+}
+
+static int echo(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err;
+    (void)user;
+    handled++;
+    CHECK_INT(peer->family, AF_INET);
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
+        if ((err = tcpsrv_write(stream, line.data, line.size)) != 0) break;
+    ended++;
+    return err;
+}
+
+static void on_line(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    if (err || tcpsrv_write(stream, line.data, line.size) != 0) {
+        ended++;
+        tcpsrv_close(stream);
+        return;
+    }
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line, user), 0);
+}
+
+static int echo_callbacks(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer;
+    handled++;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line, user);
+}
+
+static tcpsrv_options options_for(int coroutines) {
+    tcpsrv_options options;
+    memset(&options, 0, sizeof options);
+    if (coroutines) options.handle_stream = echo;
+    else options.on_stream = echo_callbacks;
+    options.log = log_line;
+    return options;
+}
+
+static void begin(const tcpsrv_options *options) {
+    handled = ended = log_lines = 0;
+    loop = tcpsrv_loop_default();
+    server = tcpsrv_new(options);
+    CHECK(server != NULL);
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+}
+
+static void end(void) {
+    tcpsrv_free(server);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+}
+
+static void turns(int n) {
+    while (n-- > 0) CHECK_INT(tcpsrv_loop_poll(loop, 5), 0);
+}
+
+/* A blocking client; its reads time out, so that a silent server fails the test. */
+static int client(int port) {
+    struct sockaddr_in address;
+    struct timeval limit = { 5, 0 };
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    address.sin_port = htons((uint16_t)port);
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+static void ask(int fd, const char *line) {
+    CHECK_INT(send(fd, line, strlen(line), MSG_NOSIGNAL), (int)strlen(line));
+}
+
+/* Turns the loop until the client has so many bytes, or the connection's end. */
+static ssize_t take(int fd, char *bytes, size_t size) {
+    size_t got = 0;
+    int i;
+    for (i = 0; i < 500 && got < size; i++) {
+        ssize_t n = recv(fd, bytes + got, size - got, MSG_DONTWAIT);
+        if (n == 0 || (n < 0 && errno != EAGAIN)) break;
+        if (n > 0) got += (size_t)n;
+        else turns(1);
+    }
+    return (ssize_t)got;
+}
+
+static void expect(int fd, const char *text) {
+    char bytes[64];
+    CHECK_INT(take(fd, bytes, strlen(text)), (int)strlen(text));
+    CHECK_MEM(bytes, strlen(text), text);
+}
+
+static int at_end(int fd) {
+    char byte;
+    int i;
+    for (i = 0; i < 500; i++) {
+        ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT);
+        if (n == 0 || (n < 0 && errno != EAGAIN)) return n == 0 ? 1 : -errno;
+        turns(1);
+    }
+    return 0;
+}
+
+static void both(void (*body)(void)) {
+    tcpsrv_options options = options_for(1);
+    begin(&options);
+    body();
+    end();
+    options = options_for(0);
+    begin(&options);
+    body();
+    end();
+}
+
+static void serve_body(void) {
+    int a = client(tcpsrv_port(server, 0)), b = client(tcpsrv_port(server, 0));
+    ask(a, "one\ntwo\n");
+    ask(b, "three\n");
+    expect(b, "three\n");
+    expect(a, "one\ntwo\n");
+    shutdown(a, SHUT_WR);
+    CHECK_INT(at_end(a), 1);
+    close(a);
+    close(b);
+    turns(4);
+    CHECK_INT(handled, 2);
+    CHECK_INT(ended, 2);
+}
+
+static void connections_are_served_side_by_side(void) {
+    both(serve_body);
+}
+
+static void options_report_every_default(void) {
+    tcpsrv_options zero = options_for(1);
+    const tcpsrv_options *full;
+    server = tcpsrv_new(&zero);
+    full = tcpsrv_get_options(server);
+    CHECK_INT(full->max_buffer_size, 1 << 20);
+    CHECK_INT(full->max_write_buffer_size, 1 << 20);
+    CHECK_INT(full->write_high_water, 65536);
+    CHECK_INT(full->read_chunk_size, 65536);
+    CHECK_INT(full->close_timeout_ms, 5000);
+    CHECK(full->stack_size >= 65536 && full->max_connections > 0);
+    CHECK_INT(full->idle_timeout_ms, 0);
+    tcpsrv_free(server);
+    zero.on_stream = echo_callbacks;
+    CHECK(tcpsrv_new(&zero) == NULL);
+    CHECK(strstr(tcpsrv_last_error(), "one of handle_stream and on_stream") != NULL);
+    zero.on_stream = zero.handle_stream = NULL;
+    CHECK(tcpsrv_new(&zero) == NULL);
+}
+
+static void stopping_twice_and_listening_again_work(void) {
+    tcpsrv_options options = options_for(1);
+    int fd, open;
+    begin(&options);
+    open = client(tcpsrv_port(server, 0));
+    ask(open, "x\n");
+    expect(open, "x\n");
+    tcpsrv_stop(server);
+    tcpsrv_stop(server);
+    CHECK_INT(tcpsrv_port(server, 0), -ENOENT);
+    ask(open, "still\n");
+    expect(open, "still\n");
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+    fd = client(tcpsrv_port(server, 1));
+    ask(fd, "again\n");
+    expect(fd, "again\n");
+    close(fd);
+    close(open);
+    end();
+}
+
+static int stop_at_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)stream, (void)peer, (void)user;
+    handled++;
+    tcpsrv_stop(server);
+    return 0;
+}
+
+static void a_handler_may_stop_the_server_in_the_middle_of_a_batch(void) {
+    tcpsrv_options options = options_for(1);
+    int fds[20], i;
+    options.handle_stream = stop_at_once;
+    begin(&options);
+    for (i = 0; i < 20; i++) fds[i] = client(tcpsrv_port(server, 0));
+    turns(5);
+    CHECK_INT(handled, 1);
+    for (i = 0; i < 20; i++) close(fds[i]);
+    turns(2);
+    end();
+}
+
+static int free_at_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes bytes;
+    (void)peer, (void)user;
+    tcpsrv_free(server);
+    CHECK_INT(tcpsrv_read_some(stream, 0, &bytes), TCPSRV_ECLOSED);
+    ended++;
+    return 0;
+}
+
+static void a_handler_may_free_the_server(void) {
+    tcpsrv_options options = options_for(1);
+    int fd;
+    options.handle_stream = free_at_once;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    turns(5);
+    CHECK_INT(ended, 1);
+    CHECK(at_end(fd) != 0);
+    close(fd);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+}
+
+static void freeing_with_parked_handlers_ends_them(void) {
+    tcpsrv_options options = options_for(1);
+    int fds[3], i;
+    begin(&options);
+    for (i = 0; i < 3; i++) fds[i] = client(tcpsrv_port(server, 0));
+    turns(5);
+    CHECK_INT(handled, 3);
+    tcpsrv_free(server);
+    turns(3);
+    CHECK_INT(ended, 3);
+    for (i = 0; i < 3; i++) close(fds[i]);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+}
+
+static void freeing_the_loop_ends_handlers_and_the_server_goes_after_it(void) {
+    tcpsrv_options options = options_for(1);
+    int fd;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    turns(3);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+    CHECK_INT(ended, 1);
+    tcpsrv_free(server);
+    close(fd);
+}
+
+static void limit_body(void) {
+    int fds[6], i;
+    for (i = 0; i < 6; i++) {
+        fds[i] = client(tcpsrv_port(server, 0));
+        ask(fds[i], "hello\n");
+    }
+    turns(10);
+    CHECK_INT(handled, 2);
+    for (i = 0; i < 6; i++) {
+        expect(fds[i], "hello\n");
+        close(fds[i]);
+    }
+    turns(10);
+    CHECK_INT(handled, 6);
+    CHECK_INT(ended, 6);
+}
+
+static void at_max_connections_others_wait_in_the_backlog_and_are_served_later(void) {
+    tcpsrv_options options = options_for(1);
+    tcpsrv_stats stats;
+    options.max_connections = 2;
+    begin(&options);
+    limit_body();
+    tcpsrv_get_stats(server, &stats);
+    CHECK_INT(stats.accepted, 6);
+    CHECK_INT(stats.active, 0);
+    CHECK(stats.accept_pauses > 0);
+    end();
+}
+
+static double cpu_seconds(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)usage.ru_utime.tv_sec + (double)usage.ru_utime.tv_usec / 1e6 +
+           (double)usage.ru_stime.tv_sec + (double)usage.ru_stime.tv_usec / 1e6;
+}
+
+/* The clients are another process, whose descriptors are its own. */
+static pid_t crowd(int port, int count, int seconds) {
+    pid_t pid = fork();
+    int i;
+    if (pid != 0) return pid;
+    for (i = 0; i < count; i++) client(port);
+    test_sleep_ms(seconds * 1000);
+    _exit(0);
+}
+
+static void without_descriptors_accepting_pauses_and_resumes(void) {
+    tcpsrv_options options = options_for(1);
+    struct rlimit limit;
+    tcpsrv_stats stats;
+    uint64_t until;
+    double cpu;
+    int turns_made = 0, fd;
+    pid_t pid;
+    options.max_connections = 1000;
+    begin(&options);
+    pid = crowd(tcpsrv_port(server, 0), 60, 2);
+    CHECK_INT(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    limit.rlim_cur = 24;
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    cpu = cpu_seconds();
+    for (until = test_ns() + 1500000000u; test_ns() < until; turns_made++)
+        CHECK_INT(tcpsrv_loop_poll(loop, 100), 0);
+    CHECK(cpu_seconds() - cpu < 0.5);
+    CHECK(turns_made < 300);
+    CHECK(log_lines >= 1 && log_lines <= 4);
+    CHECK(strstr(log_text, "Too many open files") != NULL);
+    tcpsrv_get_stats(server, &stats);
+    CHECK(stats.accept_pauses >= 3 && stats.accept_pauses < 20);
+    CHECK(stats.shed >= 1);
+    waitpid(pid, NULL, 0);
+    limit.rlim_cur = limit.rlim_max;
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    fd = client(tcpsrv_port(server, 0));
+    ask(fd, "served again\n");
+    expect(fd, "served again\n");
+    close(fd);
+    end();
+}
+
+static int fail_with(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)stream, (void)peer;
+    return *(int *)user;
+}
+
+static void results_of_handlers_are_logged_with_the_peer(void) {
+    static const int codes[] = { 0, TCPSRV_EOF, TCPSRV_ECLOSED, TCPSRV_ECANCELED, -ECONNRESET,
+                                 -EPROTO };
+    static const int levels[] = { -1, -1, -1, -1, TCPSRV_LOG_DEBUG, TCPSRV_LOG_ERROR };
+    tcpsrv_options options = options_for(1);
+    int result, i, fd;
+    options.handle_stream = fail_with;
+    options.user = &result;
+    begin(&options);
+    for (i = 0; i < 6; i++) {
+        result = codes[i];
+        log_lines = 0;
+        fd = client(tcpsrv_port(server, 0));
+        CHECK_INT(at_end(fd), 1);
+        close(fd);
+        CHECK_INT(log_lines, levels[i] >= 0);
+        if (levels[i] >= 0) CHECK_INT(log_text[0] - '0', levels[i]);
+    }
+    CHECK(strstr(log_text, "connection from 127.0.0.1:") != NULL);
+    CHECK(strstr(log_text, "Protocol error") != NULL);
+    end();
+}
+
+static void idle_body(void) {
+    int fd = client(tcpsrv_port(server, 0)), i;
+    tcpsrv_stats stats;
+    for (i = 0; i < 4; i++) {
+        test_sleep_ms(25);
+        ask(fd, "busy\n");
+        expect(fd, "busy\n");
+    }
+    CHECK(at_end(fd) != 0);
+    tcpsrv_get_stats(server, &stats);
+    CHECK_INT(stats.timeouts_idle, 1);
+    close(fd);
+}
+
+static void an_idle_connection_ends_and_a_busy_one_does_not(void) {
+    tcpsrv_options options = options_for(1);
+    options.idle_timeout_ms = 60;
+    begin(&options);
+    idle_body();
+    end();
+}
+
+static int drained;
+
+static void on_drained(tcpsrv *which, void *user) {
+    (void)user;
+    CHECK(which == server);
+    drained++;
+}
+
+static void draining_ends_idle_reads_and_lets_half_messages_finish(void) {
+    tcpsrv_options options = options_for(1);
+    int idle, half, stuck;
+    options.on_drained = on_drained;
+    begin(&options);
+    idle = client(tcpsrv_port(server, 0));
+    half = client(tcpsrv_port(server, 0));
+    stuck = client(tcpsrv_port(server, 0));
+    ask(idle, "done\n");
+    expect(idle, "done\n");
+    ask(half, "hal");
+    ask(stuck, "never");
+    turns(5);
+    tcpsrv_drain(server, 300);
+    CHECK_INT(tcpsrv_draining(server), 1);
+    CHECK_INT(at_end(idle), 1);
+    ask(half, "f\n");
+    expect(half, "half\n");
+    CHECK_INT(at_end(half), 1);
+    close(idle);
+    close(half);
+    CHECK_INT(drained, 0);
+    CHECK(at_end(stuck) != 0);
+    turns(5);
+    CHECK_INT(drained, 1);
+    close(stuck);
+    end();
+}
+
+static void close_it(tcpsrv_stream *stream, void *arg) {
+    (void)arg;
+    tcpsrv_close(stream);
+}
+
+static void each_live_stream_can_be_reached_and_closed(void) {
+    tcpsrv_options options = options_for(0);
+    int fds[5], i;
+    begin(&options);
+    for (i = 0; i < 5; i++) fds[i] = client(tcpsrv_port(server, 0));
+    turns(5);
+    CHECK_INT(handled, 5);
+    tcpsrv_foreach(server, close_it, NULL);
+    for (i = 0; i < 5; i++) {
+        CHECK_INT(at_end(fds[i]), 1);
+        close(fds[i]);
+    }
+    end();
+}
+
+/* A client that sends and never reads is held back, whoever else is served meanwhile; then all of
+   it comes back. */
+static void flood_body(void) {
+    enum { LINE = 1000 };
+    int fd = client(tcpsrv_port(server, 0)), other, waits = 0;
+    char line[LINE], back[65536];
+    size_t sent = 0, got = 0;
+    int64_t before = test_live_bytes;
+    memset(line, 'f', sizeof line);
+    line[LINE - 1] = '\n';
+    while (waits < 20) {
+        ssize_t n = send(fd, line + sent % LINE, LINE - sent % LINE, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n > 0) sent += (size_t)n;
+        waits = n > 0 ? 0 : waits + 1;
+        if (n <= 0) turns(1);
+        CHECK(test_live_bytes - before < 1 << 20);
+    }
+    other = client(tcpsrv_port(server, 0));
+    ask(other, "other\n");
+    expect(other, "other\n");
+    close(other);
+    shutdown(fd, SHUT_WR);
+    while (got < sent / LINE * LINE) {
+        ssize_t n = take(fd, back, sizeof back), i;
+        if (n <= 0) break;
+        for (i = 0; i < n; i++)
+            CHECK_INT(back[i], (got + (size_t)i) % LINE == LINE - 1 ? '\n' : 'f');
+        got += (size_t)n;
+    }
+    CHECK_INT(got, sent / LINE * LINE);
+    close(fd);
+    turns(5);
+}
+
+static void a_peer_that_does_not_read_is_held_back_and_loses_nothing(void) {
+    both(flood_body);
+}
+
+static void a_busy_pipeline_does_not_starve_others(void) {
+    tcpsrv_options options = options_for(1);
+    int busy, quiet, i, n = 0;
+    char lines[4000], byte;
+    begin(&options);
+    busy = client(tcpsrv_port(server, 0));
+    quiet = client(tcpsrv_port(server, 0));
+    turns(3);
+    memset(lines, '\n', sizeof lines);
+    for (i = 0; i < 50; i++)
+        if (send(busy, lines, sizeof lines, MSG_DONTWAIT) < 0) break;
+    ask(quiet, "q\n");
+    while (recv(quiet, &byte, 1, MSG_DONTWAIT) != 1 && n++ < 100) turns(1);
+    CHECK(n <= 3);
+    close(busy);
+    close(quiet);
+    end();
+}
+
+/* Every allocation of an exchange fails once; the server serves the next client all the same. */
+static void failing(int coroutines) {
+    tcpsrv_options options = options_for(coroutines);
+    int n, fd;
+    char back[8];
+    begin(&options);
+    for (n = 1; n < 40; n++) {
+        fd = client(tcpsrv_port(server, 0));
+        ask(fd, "line\n");
+        test_fail_alloc_at = n;
+        turns(2);
+        test_fail_alloc_at = 0;
+        close(fd);
+        turns(2);
+        fd = client(tcpsrv_port(server, 0));
+        ask(fd, "fine\n");
+        CHECK_INT(take(fd, back, 5), 5);
+        close(fd);
+        turns(2);
+    }
+    end();
+}
+
+static void a_failed_allocation_costs_one_connection_at_most(void) {
+    failing(1);
+    failing(0);
+}
+
+int main(int argc, char **argv) {
+    static const test_case tests[] = {
+        TEST(connections_are_served_side_by_side),
+        TEST(options_report_every_default),
+        TEST(stopping_twice_and_listening_again_work),
+        TEST(a_handler_may_stop_the_server_in_the_middle_of_a_batch),
+        TEST(a_handler_may_free_the_server),
+        TEST(freeing_with_parked_handlers_ends_them),
+        TEST(freeing_the_loop_ends_handlers_and_the_server_goes_after_it),
+        TEST(at_max_connections_others_wait_in_the_backlog_and_are_served_later),
+        TEST(without_descriptors_accepting_pauses_and_resumes),
+        TEST(results_of_handlers_are_logged_with_the_peer),
+        TEST(an_idle_connection_ends_and_a_busy_one_does_not),
+        TEST(draining_ends_idle_reads_and_lets_half_messages_finish),
+        TEST(each_live_stream_can_be_reached_and_closed),
+        TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
+        TEST(a_busy_pipeline_does_not_starve_others),
+        TEST(a_failed_allocation_costs_one_connection_at_most),
+    };
+    return test_main(argc, argv, tests, TEST_COUNT(tests));
+}
