@@ -704,7 +704,7 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__CORO_AARCH64 1
 #elif defined(__GNUC__) && defined(__arm__)
 #define TCPSRV__CORO_ARM 1
-#elif defined(__GNUC__) && defined(__riscv)
+#elif defined(__GNUC__) && defined(__riscv) && __riscv_xlen == 64
 #define TCPSRV__CORO_RISCV 1
 #elif defined(__GLIBC__) || defined(__FreeBSD__) || defined(__NetBSD__)
 #include <ucontext.h>
@@ -2286,7 +2286,7 @@ static TCPSRV__COLD int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv
     return 0;
 }
 
-static tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, int64_t id) {
+static TCPSRV__NOINLINE tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, int64_t id) {
     uint32_t number = (uint32_t)((uint64_t)id & 0xffffffffu);
     tcpsrv__slot *slot;
     if (number == 0 || number >= loop->slot_count) return NULL;
@@ -3837,7 +3837,8 @@ static tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
     return TCPSRV__CONTAINER(tcpsrv_stream, source, source);
 }
 
-static void tcpsrv__name_address(const tcpsrv__peer_name *name, tcpsrv_address *address) {
+static TCPSRV__NOINLINE void tcpsrv__name_address(const tcpsrv__peer_name *name,
+                                                  tcpsrv_address *address) {
     memset(address, 0, sizeof *address);
     address->family = name->family;
     address->port = name->port;
