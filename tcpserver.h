@@ -54,9 +54,10 @@
  *              object may be closed, freed or cancelled in any of them.
  *   Coroutines A waiting call parks its coroutine, and the loop goes on with the others. Made
  *              outside a coroutine while the loop does not run, it runs the loop until it is
- *              done, so that a small client is a straight main; while the loop does run, it is
- *              refused with TCPSRV_ENOTCORO. Calls without a stream or a loop mean the
- *              coroutine's loop, outside coroutines the thread's own.
+ *              done, so that a small client is a straight main (tcpsrv_loop_stop ends it with
+ *              TCPSRV_ECANCELED); while the loop does run, it is refused with
+ *              TCPSRV_ENOTCORO. Calls without a stream or a loop mean the coroutine's loop,
+ *              outside coroutines the thread's own.
  *   Streams    Only tcpsrv_close, tcpsrv_abort, the handler's return and tcpsrv_loop_free end a
  *              stream's life. A peer's reset or a failed call makes it dead at once: requests
  *              end, the descriptor closes, tcpsrv_closed is true; the memory stays until one of
@@ -250,8 +251,8 @@ TCPSRV_API int64_t tcpsrv_on_signal(tcpsrv_loop *loop, int signo, tcpsrv_signal_
 /* ---- coroutines ------------------------------------------------------------------------------ */
 
 /* Runs fn(arg) as a coroutine from the next turn on. stack_size 0: 64 KiB, at least 16 KiB. An id;
-   -ENOMEM, or -ENOTSUP where there are no coroutines. Results that nobody has joined are kept for
-   the last 65,536 that ended. */
+   -ENOMEM, or -ENOTSUP where there are no coroutines. Results wait for a join as long as no more
+   than 65,536 others have ended since. */
 TCPSRV_API int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *arg,
                                 size_t stack_size);
 
@@ -262,7 +263,7 @@ TCPSRV_API int tcpsrv_join(int64_t id);
 /* The running coroutine's id; 0 outside. */
 TCPSRV_API int64_t tcpsrv_self(void);
 
-TCPSRV_API int tcpsrv_sleep(int64_t delay_ms); /* waits; 0, TCPSRV_ECANCELED */
+TCPSRV_API int tcpsrv_sleep(int64_t delay_ms); /* waits (below 0: as 0); 0, TCPSRV_ECANCELED */
 TCPSRV_API int tcpsrv_yield(void);             /* lets everything else that is ready run once */
 
 /* Waits until a foreign descriptor is ready. The events (> 0), TCPSRV_ETIMEDOUT, or the errors of
@@ -523,8 +524,8 @@ TCPSRV_API int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int back
    pause (0 to 30 s), at most max_restarts times in all (negative: 100); then the others are ended
    and the parent gives up. The parent handles SIGTERM and SIGINT (the children get SIGTERM, once)
    and SIGCHLD, waits for its own children only, and restores dispositions in each child; children
-   ignore SIGINT and end when their parent is gone. -EBUSY class: TCPSRV_EBUSY where this thread has
-   a loop already or is such a child; -EAGAIN, -ENOMEM from fork(2), with no child left behind. */
+   ignore SIGINT and end when their parent is gone. TCPSRV_EBUSY where this thread has a loop
+   already or is such a child; -EAGAIN, -ENOMEM from fork(2), with no child left behind. */
 TCPSRV_API int tcpsrv_fork_processes(int num_processes, int max_restarts);
 
 TCPSRV_API int tcpsrv_task_id(void);   /* this child's number; -1 elsewhere */
