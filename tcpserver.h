@@ -2682,7 +2682,7 @@ TCPSRV_IMPL int64_t tcpsrv_call_every(tcpsrv_loop *loop, int64_t period_ms, tcps
 }
 
 /* Outside a turn the turn's time may be old. */
-static void tcpsrv__refresh_now(tcpsrv_loop *loop) {
+static TCPSRV__NOINLINE void tcpsrv__refresh_now(tcpsrv_loop *loop) {
     if (tcpsrv__thread()->turning != loop) loop->now = tcpsrv__clock_ns();
 }
 
@@ -3175,7 +3175,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(co);
     if (co->ended) return;
-    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine waits on in a freed loop: abandoned");
+    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine waits in a freed loop: left");
     co->result = TCPSRV_ECANCELED;
     tcpsrv__co_end(co);
 }
@@ -3640,7 +3640,7 @@ typedef struct tcpsrv__queue {
     size_t size;
 } tcpsrv__queue;
 
-static void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
+static TCPSRV__NOINLINE void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
     block->next = NULL;
     if (queue->last) queue->last->next = block;
     else queue->first = block;
@@ -3967,6 +3967,7 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     stream->dead = 1;
     stream->error = code;
     stream->connecting = 0;
+    if (unsent) stream->aborting = 1; /* a torn message must not end as if whole */
     tcpsrv__descriptor_close(stream);
     tcpsrv__queue_drop(stream->source.loop, &stream->out, code ? code : TCPSRV_ECLOSED);
     stream->out.size = unsent;
@@ -4212,16 +4213,25 @@ static TCPSRV__COLD int tcpsrv__read_end(const tcpsrv_stream *stream) {
     return 0;
 }
 
-/* Hands out so many bytes of the buffer, which must not stay larger than the promise. */
+static TCPSRV__COLD void tcpsrv__input_fit(tcpsrv_stream *stream) {
+    tcpsrv__block *fit = tcpsrv__block_fit(stream->source.loop, stream->in, stream->in->begin, 0);
+    if (fit) stream->in = fit;
+}
+
+/* What a stream holds stays within the promise, while somebody looks at it and while it waits. */
+static void tcpsrv__input_trim(tcpsrv_stream *stream) {
+    if (tcpsrv__block_is_loose(stream->in, tcpsrv__block_size(stream->in)))
+        tcpsrv__input_fit(stream);
+}
+
+/* Hands out so many bytes of the buffer. */
 static void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
-    tcpsrv__block *in = stream->in, *fit;
+    tcpsrv__block *in;
     bytes->data = "";
     bytes->size = size;
     if (!size) return;
-    if (tcpsrv__block_is_loose(in, tcpsrv__block_size(in))) {
-        fit = tcpsrv__block_fit(stream->source.loop, in, in->begin, 0);
-        if (fit) stream->in = in = fit;
-    }
+    tcpsrv__input_trim(stream);
+    in = stream->in;
     bytes->data = in->data + in->begin;
     in->begin += size;
 }
@@ -4263,7 +4273,10 @@ static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes
         if (tcpsrv__read_match(stream, err, bytes)) return 1;
         *err = tcpsrv__read_end(stream);
         if (*err) return 1;
-        if (!stream->readable || stream->connecting) return 0;
+        if (!stream->readable || stream->connecting) {
+            if (stream->in) tcpsrv__input_trim(stream);
+            return 0;
+        }
         if (stream->receive_turn == (uint32_t)stream->source.loop->turn) {
             tcpsrv__make_ready(&stream->source);
             return 0;
@@ -4321,6 +4334,7 @@ static void tcpsrv__input_step(tcpsrv_stream *stream) {
 static TCPSRV__COLD int tcpsrv__read_deadline(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (!extra->read_ns) return 0;
+    tcpsrv__refresh_now(stream->source.loop);
     extra->read_due = stream->source.loop->now + extra->read_ns;
     if (tcpsrv__alarm_arm(stream) == 0) return 0;
     stream->read_fn = NULL;
@@ -4348,7 +4362,7 @@ static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tc
 }
 
 /* Whether there is something to try a read against without waiting for the poller. */
-static int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
     return stream->in || stream->eof || stream->dead || stream->readable ||
            stream->owner->draining || stream->want_kind == TCPSRV__WANT_READY ||
            (stream->want.size == 0 && stream->want_kind != TCPSRV__WANT_SOME);
@@ -4516,6 +4530,7 @@ static void tcpsrv__stream_flush(tcpsrv__source *source) {
 static int tcpsrv__output_queued(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (extra && extra->write_ns && !extra->write_due) {
+        tcpsrv__refresh_now(stream->source.loop);
         extra->write_due = stream->source.loop->now + extra->write_ns;
         if (tcpsrv__alarm_arm(stream) != 0) return -ENOMEM;
     }
@@ -4634,10 +4649,13 @@ static TCPSRV__COLD void tcpsrv__flush_call_done(tcpsrv__block *block, int resul
     tcpsrv__make_ready(&call->stream->source);
 }
 
+/* Those that the calls themselves add have their turn later. */
 static TCPSRV__COLD void tcpsrv__run_marks(tcpsrv_stream *stream) {
-    while (stream->extra && stream->extra->marks_first) {
-        tcpsrv__block *block = stream->extra->marks_first;
-        tcpsrv__flush_call *call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
+    tcpsrv__block *last = stream->extra ? stream->extra->marks_last : NULL, *block = NULL;
+    while (last && block != last) {
+        tcpsrv__flush_call *call;
+        block = stream->extra->marks_first;
+        call = TCPSRV__CONTAINER(tcpsrv__flush_call, block, block);
         stream->extra->marks_first = block->next;
         if (!block->next) stream->extra->marks_last = NULL;
         if (call->result && stream->dead) stream->told = 1;
@@ -4791,7 +4809,7 @@ static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     else if (stream->read_fn && stream->cancelled) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
     if (stream->read_fn) tcpsrv__input_step(stream);
     if (stream->closing) tcpsrv__close_step(stream);
-    else if (stream->out.first) tcpsrv__output_step(stream);
+    else if (stream->out.first || stream->shut_wanted) tcpsrv__output_step(stream);
     tcpsrv__run_marks(stream);
     if (stream->dead) tcpsrv__dead_step(stream);
 }
@@ -5768,12 +5786,12 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_EOF, "the peer has finished" },
     { TCPSRV_ECLOSED, "closed on this side" },
     { TCPSRV_ECANCELED, "cancelled" },
-    { TCPSRV_EBUSY, "busy: another call has not ended" },
+    { TCPSRV_EBUSY, "another call has not ended" },
     { TCPSRV_ETOOBIG, "the message is longer than allowed" },
-    { TCPSRV_EBUFFULL, "the output buffer is full" },
+    { TCPSRV_EBUFFULL, "the output is full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
-    { TCPSRV_ENOTCORO, "a waiting call outside a coroutine in a running loop" },
-    { TCPSRV_EREFUSED, "refused by the message's framing" }
+    { TCPSRV_ENOTCORO, "outside a coroutine in a running loop" },
+    { TCPSRV_EREFUSED, "refused by the framing" }
 };
 
 TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
@@ -6192,7 +6210,7 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     if (!err) return;
     tcpsrv__sys_close(fd);
     server->owner.stats.shed++;
-    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "dropped a new connection", NULL);
+    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "connection dropped", NULL);
 }
 
 /* The reserve is given up to tell a few of those who wait that nobody will serve them. */
@@ -6575,12 +6593,10 @@ TCPSRV_IMPL int tcpsrv_cpu_count(void) {
 
 static void tcpsrv__family_log(int level, const char *what, int task_id, int status) {
     char line[160];
-    if (WIFSIGNALED(status))
-        snprintf(line, sizeof line, "child %d %s: killed by signal %d", task_id, what,
-                 WTERMSIG(status));
-    else
-        snprintf(line, sizeof line, "child %d %s: exit status %d", task_id, what,
-                 WEXITSTATUS(status));
+    int killed = WIFSIGNALED(status);
+    snprintf(line, sizeof line, "child %d %s: %s %d", task_id, what,
+             killed ? "killed by signal" : "exit status",
+             killed ? WTERMSIG(status) : WEXITSTATUS(status));
     tcpsrv__log_default(level, line);
 }
 
@@ -6650,7 +6666,7 @@ static void tcpsrv__family_end(tcpsrv__family *family) {
 }
 
 static void tcpsrv__give_up(tcpsrv__family *family) {
-    tcpsrv__log_default(TCPSRV_LOG_ERROR, "too many restarts of children: giving up");
+    tcpsrv__log_default(TCPSRV_LOG_ERROR, "too many restarts: giving up");
     family->gave_up = 1;
     family->kill_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(TCPSRV__GIVE_UP_MS);
     tcpsrv__family_end(family);

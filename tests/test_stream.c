@@ -491,6 +491,9 @@ static void files_body(void) {
     CHECK_MEM(text, 6, "<3456>");
     if (tcpsrv_sendfile(stream, file, 8, 4) == 0) CHECK_INT(tcpsrv_flush(stream), -EIO);
     CHECK_INT(tcpsrv_error(stream), -EIO);
+    CHECK_INT(recv(raw, text, sizeof text, 0), 2);
+    CHECK_INT(recv(raw, text, sizeof text, 0), -1);
+    CHECK_INT(errno, ECONNRESET);
     close(file);
     unlink(path);
 }
@@ -745,6 +748,75 @@ static void a_refused_connection_ends_what_waits_for_it(void) {
     end();
 }
 
+static void a_half_close_asked_for_while_connecting_is_not_forgotten(void) {
+    struct sockaddr_in address;
+    int listener = test_listener(&address), fd;
+    char byte;
+    loop = tcpsrv_loop_default();
+    stream = connect_to(ntohs(address.sin_port));
+    CHECK_INT(tcpsrv_shutdown(stream), 0);
+    turns(3);
+    fd = accept(listener, NULL, NULL);
+    CHECK_INT(recv(fd, &byte, 1, MSG_DONTWAIT), 0);
+    close(fd);
+    close(listener);
+    tcpsrv_close(stream);
+    raw = -1;
+    end();
+}
+
+static void a_read_timeout_counts_from_the_call_also_outside_the_loop(void) {
+    begin();
+    turns(1);
+    CHECK_INT(tcpsrv_set_timeout(stream, 50, 0), 0);
+    test_sleep_ms(80);
+    say_later(10, "in time\n");
+    expect_read(tcpsrv_until("\n", 0), "in time\n");
+    tcpsrv_close(stream);
+    end();
+}
+
+static int flushes;
+
+static void flush_again(tcpsrv_stream *from, int err, void *arg) {
+    (void)arg;
+    CHECK_INT(err, TCPSRV_ETIMEDOUT);
+    if (flushes++ < 10) CHECK_INT(tcpsrv_on_flush(from, flush_again, NULL), 0);
+}
+
+static void a_flush_call_that_asks_again_on_a_dead_stream_has_its_turn_later(void) {
+    begin();
+    tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    stream->held = 1;
+    CHECK_INT(tcpsrv_on_flush(stream, flush_again, NULL), 0);
+    turns(1);
+    CHECK(flushes >= 1 && flushes <= 2);
+    turns(12);
+    CHECK_INT(flushes, 11);
+    tcpsrv_close(stream);
+    end();
+}
+
+static void half_a_message_waits_in_memory_of_its_size(void) {
+    char *data = patterned(200000);
+    size_t sent = 0, got = 0;
+    tcpsrv_bytes bytes;
+    begin();
+    while (got < 200000) {
+        ssize_t n = send(raw, data + sent, 200000 - sent, MSG_DONTWAIT);
+        if (n > 0) sent += (size_t)n;
+        CHECK_INT(tcpsrv_read_some(stream, 0, &bytes), 0);
+        got += bytes.size;
+    }
+    say("half");
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), note_read, NULL), 0);
+    turns(3);
+    CHECK(stream->in != NULL && stream->in->capacity <= 512);
+    tcpsrv_close(stream);
+    end();
+    free(data);
+}
+
 /* What a view pins is bounded: four times its bytes and 512. */
 static void a_parked_view_holds_little_memory(void) {
     int64_t before;
@@ -850,6 +922,10 @@ int main(int argc, char **argv) {
         TEST(a_regular_file_is_always_ready),
         TEST(a_connection_carries_what_was_written_while_it_was_begun),
         TEST(a_refused_connection_ends_what_waits_for_it),
+        TEST(a_half_close_asked_for_while_connecting_is_not_forgotten),
+        TEST(a_read_timeout_counts_from_the_call_also_outside_the_loop),
+        TEST(a_flush_call_that_asks_again_on_a_dead_stream_has_its_turn_later),
+        TEST(half_a_message_waits_in_memory_of_its_size),
         TEST(a_parked_view_holds_little_memory),
         TEST(a_long_line_in_pieces_is_searched_once),
         TEST(any_failed_allocation_is_a_code),
