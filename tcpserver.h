@@ -367,9 +367,10 @@ TCPSRV_API void tcpsrv_close(tcpsrv_stream *stream);
 /* The same at once: queued output is dropped and the peer gets a reset (RFC 9293 3.10.5). */
 TCPSRV_API void tcpsrv_abort(tcpsrv_stream *stream);
 
-/* fn(stream, result, unsent, arg) once, when the stream has ended: 0 when the kernel took all that
-   was written, else why not, and how many bytes it did not take. Also called, from the loop, when
-   set on a stream that is dead already. The last one set counts; NULL for none. 0 or -ENOMEM. */
+/* fn(stream, result, unsent, arg) once, when the stream has ended: 0 where it ended in order and
+   the kernel took all that was written, else why not, and how many bytes it did not take. Also
+   called, from the loop, when set on a stream that is dead already. The last one set counts; NULL
+   for none. 0 or -ENOMEM. */
 typedef void tcpsrv_close_fn(tcpsrv_stream *stream, int result, size_t unsent, void *arg);
 TCPSRV_API int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void *arg);
 
@@ -2194,6 +2195,9 @@ typedef struct tcpsrv__slot {
     uint32_t next;              /* free list; or what else its owner keeps here */
 } tcpsrv__slot;
 
+/* A timer that must not fail to be armed keeps its place in the heap with this deadline. */
+#define TCPSRV__NEVER UINT64_MAX
+
 typedef struct tcpsrv__timer tcpsrv__timer;
 struct tcpsrv__timer {
     void (*fire)(tcpsrv_loop *loop, tcpsrv__timer *timer);
@@ -2771,7 +2775,7 @@ static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
 static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
     uint64_t left, now;
     if (loop->ready_first || loop->flush_first || loop->gone) return 0;
-    if (!loop->heap_count) return timeout_ms;
+    if (!loop->heap_count || loop->heap[0].due == TCPSRV__NEVER) return timeout_ms;
     now = tcpsrv__clock_ns(); /* not the turn's: what ran in it took time */
     if (loop->heap[0].due <= now) return 0;
     left = (loop->heap[0].due - now + 999999u) / 1000000u;
@@ -3068,7 +3072,7 @@ static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__
 /* ---- switching ------------------------------------------------------------------------------- */
 
 /* From the running coroutine back to the loop, until it is resumed. */
-static void tcpsrv__co_leave(tcpsrv__co *co) {
+static TCPSRV__NOINLINE void tcpsrv__co_leave(tcpsrv__co *co) {
     tcpsrv__stack_pool *pool = co->source.loop->stacks;
     TCPSRV__ASAN_LEAVE(co->ended ? NULL : &co->fake, pool->main_bottom, pool->main_size);
     TCPSRV__TSAN_GO(pool->main_fiber);
@@ -3083,8 +3087,7 @@ static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context 
                        &co->source.loop->stacks->main_size);
     co->result = co->fn(co->arg);
     co->ended = 1;
-    tcpsrv__co_leave(co);
-    abort(); /* nobody resumes a coroutine that has ended */
+    for (;;) tcpsrv__co_leave(co); /* nobody resumes a coroutine that has ended */
 }
 
 /* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
@@ -3116,23 +3119,23 @@ static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__co *co) {
 
 static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result);
 
+/* Twice as large; what had wrapped round to the front goes behind the rest. */
+static TCPSRV__COLD void tcpsrv__ended_grow(tcpsrv_loop *loop) {
+    size_t full = loop->ended_capacity, capacity = full ? full * 2 : 64;
+    int64_t *ring;
+    if (capacity > TCPSRV__MAX_ENDED) return;
+    ring = (int64_t *)TCPSERVER_REALLOC(loop->ended, capacity * sizeof *ring);
+    if (!ring) return;
+    memcpy(ring + full, ring, loop->ended_first * sizeof *ring);
+    loop->ended = ring;
+    loop->ended_capacity = capacity;
+}
+
 /* The result stays in the slot, whose id lives on until somebody joins or too many have ended. */
 static TCPSRV__COLD void tcpsrv__co_keep_result(tcpsrv__co *co) {
     tcpsrv_loop *loop = co->source.loop;
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, co->source.id);
-    size_t capacity = loop->ended_capacity ? loop->ended_capacity * 2 : 64, i;
-    int64_t *ring;
-    if (loop->ended_count == loop->ended_capacity && capacity <= TCPSRV__MAX_ENDED) {
-        ring = (int64_t *)tcpsrv__alloc(capacity * sizeof *ring);
-        for (i = 0; ring && i < loop->ended_count; i++)
-            ring[i] = loop->ended[(loop->ended_first + i) % loop->ended_capacity];
-        if (ring) {
-            tcpsrv__free(loop->ended);
-            loop->ended = ring;
-            loop->ended_capacity = capacity;
-            loop->ended_first = 0;
-        }
-    }
+    if (loop->ended_count == loop->ended_capacity) tcpsrv__ended_grow(loop);
     if (!loop->ended_capacity) return; /* no memory: nobody can join it */
     if (loop->ended_count == loop->ended_capacity) {
         tcpsrv__slot_release(loop, loop->ended[loop->ended_first]);
@@ -3197,11 +3200,12 @@ static size_t tcpsrv__stack_round(size_t size) {
    started. */
 static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
                                   void **memory) {
-    size_t size = tcpsrv__stack_round(stack_size), room = (beside + 63) / 64 * 64;
+    size_t size = stack_size < SIZE_MAX / 8 ? tcpsrv__stack_round(stack_size) : 0;
+    size_t room = (beside + 63) / 64 * 64;
     tcpsrv__slab *slab;
     tcpsrv__co *co;
     char *stack, *top;
-    if (tcpsrv__stack_pool_make(loop) != 0) return NULL;
+    if (!size || tcpsrv__stack_pool_make(loop) != 0) return NULL;
     stack = tcpsrv__stack_take(loop->stacks, size, &slab);
     if (!stack) return NULL;
     TCPSRV__ASAN_FRESH(stack, size);
@@ -3282,7 +3286,7 @@ TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *
     tcpsrv__co *co;
     if (loop->ending) return tcpsrv__fail(TCPSRV_ECANCELED, "spawn", NULL);
     co = tcpsrv__co_new(loop, stack_size, 0, NULL);
-    if (!co) return tcpsrv__fail(-ENOMEM, "spawn", "no memory or mappings (vm.max_map_count)");
+    if (!co) return tcpsrv__fail(-ENOMEM, "spawn", "stack (vm.max_map_count)");
     co->fn = fn;
     co->arg = arg;
     tcpsrv__make_ready(&co->source);
@@ -3847,7 +3851,8 @@ static TCPSRV__NOINLINE void tcpsrv__name_address(const tcpsrv__peer_name *name,
     memcpy(address->ip, name->ip, sizeof name->ip);
 }
 
-static void tcpsrv__name_peer(tcpsrv__peer_name *name, const tcpsrv_address *address) {
+static TCPSRV__NOINLINE void tcpsrv__name_peer(tcpsrv__peer_name *name,
+                                               const tcpsrv_address *address) {
     name->family = (uint16_t)address->family;
     name->port = address->port;
     name->scope_id = address->scope_id;
@@ -3918,15 +3923,15 @@ static TCPSRV__COLD int tcpsrv__alarm_arm(tcpsrv_stream *stream) {
     return tcpsrv__timer_arm(stream->source.loop, &extra->alarm, due);
 }
 
-static TCPSRV__COLD void tcpsrv__touch_deadlines(tcpsrv_stream *stream) {
+static TCPSRV__COLD void tcpsrv__touch_deadlines(tcpsrv_stream *stream, int sent) {
     tcpsrv__extra *extra = stream->extra;
     if (extra->idle_due) extra->idle_due = stream->source.loop->now + stream->owner->idle_ns;
-    if (extra->write_due) extra->write_due = stream->source.loop->now + extra->write_ns;
+    if (sent && extra->write_due) extra->write_due = stream->source.loop->now + extra->write_ns;
 }
 
-/* A byte has come or gone. */
-static void tcpsrv__touch(tcpsrv_stream *stream) {
-    if (stream->extra) tcpsrv__touch_deadlines(stream);
+/* A byte has come, or gone. */
+static void tcpsrv__touch(tcpsrv_stream *stream, int sent) {
+    if (stream->extra) tcpsrv__touch_deadlines(stream, sent);
 }
 
 static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
@@ -3934,7 +3939,7 @@ static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
 static TCPSRV__COLD tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (extra) return extra;
-    extra = (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
+    extra = stream->source.is_gone ? NULL : (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
     if (!extra) return NULL;
     extra->stream = stream;
     extra->alarm.fire = tcpsrv__alarm_fire;
@@ -3980,6 +3985,7 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     tcpsrv__owner *owner = stream->owner;
     if (stream->extra) tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
     tcpsrv__free(stream->extra);
+    stream->extra = NULL; /* a handler may still ask a stream that others have ended */
     if (owner->gone) owner->gone(owner, stream);
     else tcpsrv__free(stream);
 }
@@ -4153,7 +4159,7 @@ static int tcpsrv__received(tcpsrv_stream *stream, const struct iovec *pieces, s
     int to_scratch = pieces[0].iov_base == loop->scratch;
     size_t first = to_scratch ? 0 : size < pieces[0].iov_len ? size : pieces[0].iov_len;
     stream->owner->stats.bytes_read += size;
-    tcpsrv__touch(stream);
+    tcpsrv__touch(stream, 0);
     if (stream->want_kind == TCPSRV__WANT_INTO) stream->progress += first;
     else if (stream->in && !to_scratch) stream->in->end += first;
     if (size == first) return 0;
@@ -4168,7 +4174,7 @@ static TCPSRV__NOINLINE void tcpsrv__read_dry(tcpsrv_stream *stream) {
 }
 
 /* One receive. 0, or -ENOMEM with nothing received; all else is in the stream's flags. */
-static int tcpsrv__receive(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     struct iovec pieces[2];
     int count = tcpsrv__receive_pieces(stream, pieces);
     size_t asked = count ? pieces[0].iov_len + (count > 1 ? pieces[1].iov_len : 0) : 0;
@@ -4442,12 +4448,12 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_ready(void) {
 /* ---- writing --------------------------------------------------------------------------------- */
 
 static TCPSRV__COLD void tcpsrv__write_dry(tcpsrv_stream *stream) {
-    int err = 0;
+    int err;
+    if (stream->unpolled) return; /* nobody would tell: the next try says why */
     stream->writable = 0;
     tcpsrv__queue_trim(stream->source.loop, &stream->out);
-    if (!stream->unpolled)
-        err = tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd,
-                                   stream->source.id, TCPSRV__EVENT_WRITE, &stream->armed);
+    err = tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd,
+                               stream->source.id, TCPSRV__EVENT_WRITE, &stream->armed);
     if (err) tcpsrv__die(stream, err);
 }
 
@@ -4494,7 +4500,7 @@ static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
     size_t high = stream->owner->options.write_high_water;
     int was_held_back = stream->out.size > high;
     stream->owner->stats.bytes_written += size;
-    tcpsrv__touch(stream);
+    tcpsrv__touch(stream, 1);
     tcpsrv__queue_consume(stream->source.loop, &stream->out, size);
     if (was_held_back && stream->out.size <= high && stream->read_fn)
         tcpsrv__make_ready(&stream->source);
@@ -4506,7 +4512,7 @@ static void tcpsrv__output_step(tcpsrv_stream *stream) {
     size_t asked;
     long n;
     if (stream->dead || stream->connecting) return;
-    if (stream->out.first && stream->out.size == 0)
+    if (stream->out.first && !tcpsrv__block_size(stream->out.first)) /* marks that are reached */
         tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
     if (stream->out.size && stream->writable) {
         int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
@@ -4526,19 +4532,32 @@ static void tcpsrv__stream_flush(tcpsrv__source *source) {
     tcpsrv__output_step(tcpsrv__stream_of(source));
 }
 
-/* Queued output has begun to wait for the kernel. */
-static int tcpsrv__output_queued(tcpsrv_stream *stream) {
+/* Before anything is queued, so that a failure leaves nothing behind. Without output it is moot. */
+static TCPSRV__COLD int tcpsrv__write_deadline(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
-    if (extra && extra->write_ns && !extra->write_due) {
-        tcpsrv__refresh_now(stream->source.loop);
-        extra->write_due = stream->source.loop->now + extra->write_ns;
-        if (tcpsrv__alarm_arm(stream) != 0) return -ENOMEM;
-    }
-    tcpsrv__make_flushing(&stream->source);
-    return 0;
+    if (!extra->write_ns || extra->write_due) return 0;
+    tcpsrv__refresh_now(stream->source.loop);
+    extra->write_due = stream->source.loop->now + extra->write_ns;
+    return tcpsrv__alarm_arm(stream);
 }
 
-static int tcpsrv__may_write(const tcpsrv_stream *stream) {
+/* A copy into the queue; all or nothing. */
+static int tcpsrv__output_append(tcpsrv_stream *stream, const void *data, size_t size) {
+    int err = stream->extra ? tcpsrv__write_deadline(stream) : 0;
+    if (!err) err = tcpsrv__queue_append(stream->source.loop, &stream->out, data, size);
+    if (!err) tcpsrv__make_flushing(&stream->source);
+    return err;
+}
+
+/* A block that is not copied. */
+static int tcpsrv__output_push(tcpsrv_stream *stream, tcpsrv__block *block) {
+    int err = stream->extra ? tcpsrv__write_deadline(stream) : 0;
+    if (!err) tcpsrv__queue_push(&stream->out, block);
+    if (!err) tcpsrv__make_flushing(&stream->source);
+    return err;
+}
+
+static TCPSRV__NOINLINE int tcpsrv__may_write(const tcpsrv_stream *stream) {
     if (stream->closing || stream->shut_wanted) return TCPSRV_ECLOSED;
     if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
     return 0;
@@ -4580,9 +4599,8 @@ static TCPSRV__COLD int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
     tcpsrv_stream *stream = wait->stream;
     int err;
     stream->held = 1;
-    tcpsrv__queue_push(&stream->out, &wait->block);
-    err = tcpsrv__output_queued(stream);
-    if (err) tcpsrv__die(stream, err);
+    err = tcpsrv__output_push(stream, &wait->block);
+    if (err) return err;
     tcpsrv__output_step(stream);
     if (wait->waiter.done) return wait->waiter.result;
     return tcpsrv__wait(stream->source.loop, &wait->waiter);
@@ -4597,7 +4615,8 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
     size_t sent;
     int err;
     tcpsrv__write_wait_init(&wait, stream, data, size);
-    tcpsrv__queue_push(out, &wait.block);
+    err = tcpsrv__output_push(stream, &wait.block);
+    if (err) return err;
     tcpsrv__output_step(stream);
     if (wait.waiter.done) return wait.waiter.result;
     sent = wait.block.begin;
@@ -4609,7 +4628,7 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
     out->size -= size - sent;
     err = tcpsrv__queue_append(loop, out, (const char *)data + sent, size - sent);
     if (err && sent) tcpsrv__die(stream, err);
-    return err ? err : tcpsrv__output_queued(stream);
+    return err;
 }
 
 /* The form that never waits. */
@@ -4622,8 +4641,7 @@ static int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t siz
         return TCPSRV_EBUFFULL;
     if (queued > TCPSRV__GATHER_SIZE && stream->writable && !stream->connecting)
         return tcpsrv__write_large(stream, data, size);
-    err = tcpsrv__queue_append(stream->source.loop, &stream->out, data, size);
-    return err ? err : tcpsrv__output_queued(stream);
+    return tcpsrv__output_append(stream, data, size);
 }
 
 static void tcpsrv__marks_push(tcpsrv__extra *extra, tcpsrv__block *block) {
@@ -4830,7 +4848,7 @@ static TCPSRV__COLD void tcpsrv__connect_told(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
     int err;
     if (stream->read_fn || tcpsrv__sys_unread(stream->source.fd) > 0) return;
-    err = tcpsrv__socket_error(stream->source.fd);
+    err = stream->io->is_socket ? tcpsrv__socket_error(stream->source.fd) : -EPIPE;
     if (err) tcpsrv__die(stream, err);
 }
 
@@ -4872,7 +4890,7 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__passed(loop, &extra->connect_due)) {
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
-    } else if (tcpsrv__passed(loop, &extra->write_due)) {
+    } else if (tcpsrv__passed(loop, &extra->write_due) && stream->out.first) {
         stats->timeouts_write++;
         stream->aborting = 1;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
@@ -5001,6 +5019,8 @@ TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
     if (!extra->write_ns) extra->write_due = 0;
+    if (stream->out.first && tcpsrv__write_deadline(stream) != 0)
+        return tcpsrv__fail_at(-ENOMEM, "set_timeout", &stream->peer);
     return 0;
 }
 
@@ -5137,10 +5157,8 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     stream->held = 1;
     err = tcpsrv__may_write(stream);
     if (err || !size) return err;
-    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water)) {
-        err = tcpsrv__queue_append(loop, &stream->out, data, size);
-        return err ? err : tcpsrv__output_queued(stream);
-    }
+    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water))
+        return tcpsrv__output_append(stream, data, size);
     err = tcpsrv__may_wait(loop);
     if (err) return err;
     tcpsrv__write_wait_init(&wait, stream, data, size);
@@ -5150,7 +5168,7 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
 TCPSRV_HOT int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
     tcpsrv__peer_name peer;
     int err;
-    if (TCPSRV__LIKELY(stream->out.size + size <= TCPSRV__GATHER_SIZE)) {
+    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water)) {
         err = tcpsrv__write(stream, data, size);
         return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
     }
@@ -5232,10 +5250,11 @@ static TCPSRV__COLD void tcpsrv__file_done(tcpsrv__block *block, int result) {
 static TCPSRV__COLD int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int64_t offset,
                                              size_t size) {
     tcpsrv__block *block = (tcpsrv__block *)tcpsrv__alloc(sizeof *block);
+    int err;
     if (!block) return -ENOMEM;
     block->file = tcpsrv__sys_dup(fd);
     if (block->file < 0) {
-        int err = block->file;
+        err = block->file;
         tcpsrv__free(block);
         return err;
     }
@@ -5243,8 +5262,9 @@ static TCPSRV__COLD int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int6
     block->end = size;
     block->pool = -1;
     block->done = tcpsrv__file_done;
-    tcpsrv__queue_push(&stream->out, block);
-    return tcpsrv__output_queued(stream);
+    err = tcpsrv__output_push(stream, block);
+    if (err) tcpsrv__file_done(block, err);
+    return err;
 }
 
 TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, size_t size) {
@@ -5932,7 +5952,7 @@ struct tcpsrv {
     int *bound;                     /* sockets that wait for start */
     int bound_count;
     int reserve_fd;
-    int started, at_limit, freed, drained_told, busy;
+    int started, paused, at_limit, freed, drain_over, drained_told, busy;
     size_t handlers;                /* coroutines that have not returned */
     int64_t pause_ms;
     tcpsrv__timer pause_timer, drain_timer;
@@ -6004,7 +6024,8 @@ static void tcpsrv__server_release(tcpsrv *server) {
 /* Gone once it was freed, and nothing of it runs or is open any more. */
 static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
-    if (server->busy || server->handlers || server->owner.stats.active) return;
+    if (server->busy || server->owner.stats.active) return;
+    if (server->handlers && !(server->drain_over && !server->freed)) return;
     if (server->freed && loop) {
         tcpsrv__timer_cancel(loop, &server->pause_timer);
         tcpsrv__timer_cancel(loop, &server->drain_timer);
@@ -6036,6 +6057,17 @@ static const tcpsrv__class tcpsrv__server_class = {
 
 /* ---- pausing --------------------------------------------------------------------------------- */
 
+static void tcpsrv__pause(tcpsrv *server, int64_t ms) {
+    server->paused = 1;
+    tcpsrv__timer_arm(server->loop, &server->pause_timer,
+                      server->loop->now + tcpsrv__ms_to_ns(ms));
+}
+
+static void tcpsrv__pause_end(tcpsrv *server) {
+    server->paused = 0;
+    tcpsrv__timer_arm(server->loop, &server->pause_timer, TCPSRV__NEVER);
+}
+
 static void tcpsrv__listener_poll(tcpsrv__listener *listener, int on) {
     tcpsrv__poller *poller = &listener->source.loop->poller;
     int shared = tcpsrv_task_id() >= 0, err;
@@ -6048,8 +6080,7 @@ static void tcpsrv__listener_poll(tcpsrv__listener *listener, int on) {
     err = tcpsrv__poller_add_listener(poller, listener->source.fd, listener->source.id, shared);
     if (!err) return;
     listener->polled = 0;
-    tcpsrv__timer_arm(listener->source.loop, &listener->server->pause_timer,
-                      listener->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__PAUSE_MAX_MS));
+    tcpsrv__pause(listener->server, TCPSRV__PAUSE_MAX_MS);
 }
 
 static void tcpsrv__listeners_poll(tcpsrv *server, int on) {
@@ -6062,8 +6093,7 @@ static void tcpsrv__listeners_poll(tcpsrv *server, int on) {
 static void tcpsrv__accept_pause(tcpsrv *server) {
     server->owner.stats.accept_pauses++;
     tcpsrv__listeners_poll(server, 0);
-    tcpsrv__timer_arm(server->loop, &server->pause_timer,
-                      server->loop->now + tcpsrv__ms_to_ns(server->pause_ms));
+    tcpsrv__pause(server, server->pause_ms);
     server->pause_ms *= 2;
     if (server->pause_ms > TCPSRV__PAUSE_MAX_MS) server->pause_ms = TCPSRV__PAUSE_MAX_MS;
 }
@@ -6071,6 +6101,7 @@ static void tcpsrv__accept_pause(tcpsrv *server) {
 static TCPSRV__COLD void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, pause_timer, timer);
     (void)loop;
+    tcpsrv__pause_end(server);
     if (!server->at_limit) tcpsrv__listeners_poll(server, 1);
 }
 
@@ -6166,7 +6197,7 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
     owner->stats.active--;
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
-        if (!server->pause_timer.place) tcpsrv__listeners_poll(server, 1);
+        if (!server->paused) tcpsrv__listeners_poll(server, 1);
     }
     tcpsrv__server_settle(server);
 }
@@ -6328,7 +6359,7 @@ static int tcpsrv__listener_add(tcpsrv *server, int fd) {
     listener->burst = 1;
     while (*last) last = &(*last)->next;
     *last = listener;
-    if (!server->at_limit && !server->pause_timer.place) tcpsrv__listener_poll(listener, 1);
+    if (!server->at_limit && !server->paused) tcpsrv__listener_poll(listener, 1);
     return 0;
 }
 
@@ -6360,6 +6391,8 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     if (err) return err;
     tcpsrv__watch_parent(loop);
     server->loop = loop;
+    tcpsrv__timer_arm(loop, &server->pause_timer, TCPSRV__NEVER);
+    tcpsrv__timer_arm(loop, &server->drain_timer, TCPSRV__NEVER);
     if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
     return 0;
 }
@@ -6436,7 +6469,7 @@ TCPSRV_IMPL void tcpsrv_stop(tcpsrv *server) {
         tcpsrv__unix_socket_forget(server->bound[--server->bound_count]);
         tcpsrv__sys_close(server->bound[server->bound_count]);
     }
-    if (server->loop) tcpsrv__timer_cancel(server->loop, &server->pause_timer);
+    if (server->loop) tcpsrv__pause_end(server);
 }
 
 /* The server's live stream in that slot, or NULL. */
@@ -6479,8 +6512,11 @@ TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
 static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
     tcpsrv_drained_fn *fn = server->owner.options.on_drained;
-    if (server->owner.stats.active || server->handlers) {
+    tcpsrv__timer_arm(loop, timer, TCPSRV__NEVER);
+    if (server->owner.stats.active || (server->handlers && !server->drain_over)) {
+        server->drain_over = 1;
         tcpsrv__abort_all(server);
+        tcpsrv__server_settle(server);
     } else if (!server->drained_told) {
         server->drained_told = 1;
         if (fn) fn(server, server->owner.options.user);
@@ -6499,7 +6535,7 @@ TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
     tcpsrv_stop(server);
     if (!loop) return;
     server->owner.draining = 1;
-    server->drained_told = 0;
+    server->drained_told = server->drain_over = 0;
     tcpsrv__refresh_now(loop);
     if (timeout_ms >= 0)
         tcpsrv__timer_arm(loop, &server->drain_timer, loop->now + tcpsrv__ms_to_ns(timeout_ms));
@@ -6688,7 +6724,7 @@ static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status)
         tcpsrv__give_up(family);
         return;
     }
-    tcpsrv__family_log(TCPSRV_LOG_WARNING, "crashed, restarting", task_id, status);
+    tcpsrv__family_log(TCPSRV_LOG_WARNING, "restarts", task_id, status);
     if (now - child->started > tcpsrv__ms_to_ns(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
     child->restart_at = now + tcpsrv__ms_to_ns(child->pause_ms);
     child->pause_ms *= 2;

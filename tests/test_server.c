@@ -422,6 +422,35 @@ static void draining_ends_idle_reads_and_lets_half_messages_finish(void) {
     end();
 }
 
+static int sleepy(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    handled++;
+    CHECK_INT(tcpsrv_sleep(300), 0);
+    CHECK_INT(tcpsrv_set_timeout(stream, 10, 10), -ENOMEM); /* gone: nothing is kept for it */
+    CHECK_INT(tcpsrv_write(stream, "x", 1), TCPSRV_ECLOSED);
+    ended++;
+    return 0;
+}
+
+static void a_drain_that_is_over_does_not_wait_for_a_handler_that_sleeps(void) {
+    tcpsrv_options options = options_for(1);
+    int fd;
+    options.handle_stream = sleepy;
+    options.on_drained = on_drained;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    turns(3);
+    tcpsrv_drain(server, 20);
+    CHECK(at_end(fd) != 0);
+    turns(5);
+    CHECK_INT(drained, 1);
+    CHECK_INT(ended, 0);
+    while (!ended) turns(1);
+    CHECK_INT(drained, 1);
+    close(fd);
+    end();
+}
+
 static void close_it(tcpsrv_stream *stream, void *arg) {
     (void)arg;
     tcpsrv_close(stream);
@@ -541,6 +570,7 @@ int main(int argc, char **argv) {
         TEST(results_of_handlers_are_logged_with_the_peer),
         TEST(an_idle_connection_ends_and_a_busy_one_does_not),
         TEST(draining_ends_idle_reads_and_lets_half_messages_finish),
+        TEST(a_drain_that_is_over_does_not_wait_for_a_handler_that_sleeps),
         TEST(each_live_stream_can_be_reached_and_closed),
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
         TEST(a_busy_pipeline_does_not_starve_others),

@@ -72,6 +72,18 @@ static void expect_code(tcpsrv_want want, int code) {
     CHECK_INT(bytes.size, 0);
 }
 
+static char pattern(size_t at) {
+    return (char)(at * 2654435761u >> 13);
+}
+
+static char *patterned(size_t size) {
+    char *data = (char *)malloc(size);
+    size_t i;
+    CHECK(data != NULL);
+    for (i = 0; i < size; i++) data[i] = pattern(i);
+    return data;
+}
+
 /* ---- read values ----------------------------------------------------------------------------- */
 
 static void until_body(void) {
@@ -240,6 +252,12 @@ static void note_read(tcpsrv_stream *from, int err, tcpsrv_bytes bytes, void *ar
     snprintf(last_text, sizeof last_text, "%.*s", (int)bytes.size, bytes.data);
 }
 
+static void flush_noted(tcpsrv_stream *from, int err, void *arg) {
+    (void)from, (void)arg;
+    CHECK_INT(err, 0);
+    called++;
+}
+
 static void turns(int n) {
     while (n-- > 0) CHECK_INT(tcpsrv_loop_poll(loop, 5), 0);
 }
@@ -303,6 +321,45 @@ static void a_read_timeout_covers_the_whole_message_and_the_stream_survives_it(v
     both(trickle_body);
 }
 
+static void a_mark_before_a_file_does_not_hold_it_up(void) {
+    char path[] = "/tmp/tcpserver-test-XXXXXX", text[16];
+    int file = mkstemp(path);
+    begin();
+    CHECK_INT(write(file, "file", 4), 4);
+    CHECK_INT(tcpsrv_on_flush(stream, flush_noted, NULL), 0);
+    CHECK_INT(tcpsrv_sendfile(stream, file, 0, 4), 0);
+    CHECK_INT(tcpsrv_flush(stream), 0);
+    CHECK_INT(recv(raw, text, sizeof text, 0), 4);
+    turns(1);
+    CHECK_INT(called, 1);
+    tcpsrv_close(stream);
+    end();
+    close(file);
+    unlink(path);
+}
+
+static void poke(void *arg) {
+    (void)arg;
+    send(raw, "x", 1, MSG_NOSIGNAL);
+}
+
+static void what_the_peer_sends_does_not_keep_a_stalled_write_alive(void) {
+    char *data = patterned(BIG);
+    tcpsrv_bytes bytes;
+    int i, err = 0;
+    begin();
+    CHECK_INT(tcpsrv_set_timeout(stream, 0, 150), 0);
+    for (i = 0; i < 2000 && !err; i++) {
+        CHECK(tcpsrv_call_later(loop, 1, poke, NULL) > 0);
+        tcpsrv_write(stream, data, 500000);
+        err = tcpsrv_read_some(stream, 0, &bytes);
+    }
+    CHECK_INT(err, TCPSRV_ETIMEDOUT);
+    tcpsrv_close(stream);
+    end();
+    free(data);
+}
+
 static int hold_view(void *arg) {
     tcpsrv_bytes view;
     (void)arg;
@@ -325,10 +382,6 @@ static void a_view_holds_across_other_waits_until_the_next_read(void) {
 }
 
 /* ---- writing --------------------------------------------------------------------------------- */
-
-static char pattern(size_t at) {
-    return (char)(at * 2654435761u >> 13);
-}
 
 /* Reads size bytes of the pattern from the descriptor, in a thread beside the loop. */
 typedef struct reader {
@@ -367,14 +420,6 @@ static void check_reader(reader *own, size_t want) {
     CHECK_INT(pthread_join(own->thread, NULL), 0);
     CHECK_INT(own->got, want);
     CHECK_INT(own->wrong, 0);
-}
-
-static char *patterned(size_t size) {
-    char *data = (char *)malloc(size);
-    size_t i;
-    CHECK(data != NULL);
-    for (i = 0; i < size; i++) data[i] = pattern(i);
-    return data;
 }
 
 static int write_big(void *data) {
@@ -905,6 +950,8 @@ int main(int argc, char **argv) {
         TEST(a_second_read_is_refused_and_the_first_is_untouched),
         TEST(a_cancelled_read_leaves_its_bytes_for_the_next),
         TEST(a_read_timeout_covers_the_whole_message_and_the_stream_survives_it),
+        TEST(a_mark_before_a_file_does_not_hold_it_up),
+        TEST(what_the_peer_sends_does_not_keep_a_stalled_write_alive),
         TEST(a_view_holds_across_other_waits_until_the_next_read),
         TEST(a_large_write_goes_from_the_callers_memory_and_waits),
         TEST(outside_coroutines_all_is_queued_or_nothing),
