@@ -3770,7 +3770,7 @@ enum {
 
 typedef struct tcpsrv__transport {
     long (*receive)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
-    long (*send)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
+    long (*transmit)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
     void (*shut)(tcpsrv_stream *stream);    /* end the sending side */
     int is_socket;
 } tcpsrv__transport;
@@ -4471,7 +4471,7 @@ static TCPSRV__COLD long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv
     if (n <= 0) return n;
     piece.iov_base = loop->scratch;
     piece.iov_len = (size_t)n;
-    return stream->io->send(stream, &piece, 1);
+    return stream->io->transmit(stream, &piece, 1);
 }
 
 static TCPSRV__COLD long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
@@ -4516,7 +4516,7 @@ static void tcpsrv__output_step(tcpsrv_stream *stream) {
         tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
     if (stream->out.size && stream->writable) {
         int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
-        n = count ? stream->io->send(stream, pieces, count) : tcpsrv__send_file(stream, &asked);
+        n = count ? stream->io->transmit(stream, pieces, count) : tcpsrv__send_file(stream, &asked);
         if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
         if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
             tcpsrv__write_dry(stream);
