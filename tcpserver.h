@@ -152,6 +152,7 @@ enum {
 
 enum { TCPSRV_READ = 1, TCPSRV_WRITE = 2, TCPSRV_HANGUP = 4 }; /* descriptor events */
 enum { TCPSRV_LOG_ERROR, TCPSRV_LOG_WARNING, TCPSRV_LOG_INFO, TCPSRV_LOG_DEBUG }; /* log levels */
+enum { TCPSRV_PROXY_OFF, TCPSRV_PROXY_OPTIONAL, TCPSRV_PROXY_REQUIRED }; /* proxy_protocol */
 
 typedef struct tcpsrv tcpsrv;
 typedef struct tcpsrv_loop tcpsrv_loop;
@@ -438,14 +439,33 @@ typedef struct tcpsrv_options {
     size_t read_chunk_size;       /* first size of a large read, adapting up to 256 KB; 64 KB */
     size_t stack_size;            /* of a handler's coroutine; 64 KiB (256 under ASan) */
     size_t max_connections;       /* RLIMIT_NOFILE - 32; more wait in the backlog */
+    size_t max_connections_per_ip; /* see below; none */
     int64_t idle_timeout_ms;      /* without a byte in either direction; none */
+    int64_t handshake_timeout_ms; /* for what precedes the first message: a PROXY header; 10 s */
     int64_t close_timeout_ms;     /* for all of tcpsrv_close; 5 s */
     int no_nodelay;               /* 1: leave Nagle's algorithm on (RFC 896) */
+    int proxy_protocol;           /* see below; TCPSRV_PROXY_OFF */
+    const char *trusted;          /* who may send PROXY headers: "10.0.0.0/8, fd00::/8, unix" */
     tcpsrv_drained_fn *on_drained; /* NULL: stop the loop */
 } tcpsrv_options;
 
+/* max_connections_per_ip: a connection from an address that has so many already is closed right
+   after accept. IPv6 addresses are taken together by their first 64 bits, which is the least that
+   one client is given (RFC 6177); Unix peers are not counted. The address is the one that the
+   handler is told, so behind a proxy that of its header.
+
+   proxy_protocol: HAProxy's PROXY protocol, versions 1 and 2. The header is read before the handler
+   starts, which is then told the address in it as the peer's, and so is tcpsrv_peer; what the
+   header leaves open (LOCAL, UNKNOWN) is the connection's own. Headers are believed from trusted
+   peers only: a list of networks and addresses, and "unix" for Unix sockets, with commas or blanks
+   between. Trusted peers must send a whole header within handshake_timeout_ms; where it is
+   OPTIONAL, they must send something, and what does not begin as a header is data. Other peers:
+   OPTIONAL takes all their bytes as data, REQUIRED refuses them. A connection refused for its
+   header is aborted, counted, and logged with its peer. */
+
 /* A server that does not listen yet. Makes no loop, so that it may be made before a fork. NULL:
-   -EINVAL (none or both of the handlers), -ENOTSUP (no coroutines), -ENOMEM. */
+   -EINVAL (none or both of the handlers; a malformed network; proxy_protocol and nobody trusted),
+   -ENOTSUP (no coroutines), -ENOMEM. */
 TCPSRV_API tcpsrv *tcpsrv_new(const tcpsrv_options *options);
 
 /* Stops, aborts the server's streams, and goes when the last handler has returned. Allowed
@@ -487,21 +507,32 @@ TCPSRV_API void tcpsrv_stop(tcpsrv *server);
 TCPSRV_API void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms);
 TCPSRV_API int tcpsrv_draining(const tcpsrv *server);
 
+/* Drains at a signal, and at one more aborts what is left; a process that has no number as a child
+   of tcpsrv_fork_processes also tells the service manager STOPPING=1. Before the server starts it
+   is kept for the start, in each child. 0, -ENOMEM, or the errors of tcpsrv_on_signal. */
+TCPSRV_API int tcpsrv_drain_on_signal(tcpsrv *server, int signo, int64_t timeout_ms);
+
 /* The port of the index-th listening socket, the real one after a bind to 0. -ENOENT past the last,
    0 for a Unix socket. */
 TCPSRV_API int tcpsrv_port(const tcpsrv *server, int index);
 
 typedef struct tcpsrv_stats {
-    size_t active;           /* connections open, closing ones included */
-    uint64_t accepted;
-    uint64_t shed;           /* closed at once for lack of descriptors */
-    uint64_t accept_pauses;  /* listener paused: no descriptors, no memory, max_connections */
+    size_t active;           /* connections open, closing ones included: those accepted less */
+    uint64_t accepted;       /*   those closed */
+    uint64_t closed_in_order, closed_by_reset, closed_by_timeout;
+    uint64_t closed_by_abort, closed_by_error; /* on this side; every other code */
+    uint64_t shed;           /* not accepted: closed at once for lack of descriptors or memory */
+    uint64_t refused_per_ip; /* not accepted: closed at once over max_connections_per_ip */
+    uint64_t refused_proxy;  /* closed for their PROXY header, or for not being trusted */
+    uint64_t accept_pauses;  /* listener paused, for whatever reason */
+    uint64_t connection_limits; /* of these pauses: at max_connections */
     uint64_t bytes_read, bytes_written;
-    uint64_t timeouts_read, timeouts_write, timeouts_idle, timeouts_close;
+    uint64_t timeouts_read, timeouts_write, timeouts_idle, timeouts_close, timeouts_handshake;
 } tcpsrv_stats;
 TCPSRV_API void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats);
 
-/* Calls fn(stream, arg) for each live stream of the server; any stream may be closed in it. */
+/* Calls fn(stream, arg) for each live stream of the server whose handler has begun; any stream may
+   be closed in it. */
 TCPSRV_API void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream, void *arg),
                                void *arg);
 
@@ -516,6 +547,23 @@ TCPSRV_API int tcpsrv_bind_sockets(int port, const char *address,
    (Linux). backlog 0: the system's most. The file is unlinked when a server closes the socket in
    the process that bound it. A descriptor, -ENAMETOOLONG, ... */
 TCPSRV_API int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int backlog);
+
+/* ---- the service manager --------------------------------------------------------------------- */
+
+/* The listening sockets that a service manager passed to this process (LISTEN_FDS, LISTEN_PID:
+   sd_listen_fds(3)), now close-on-exec, for tcpsrv_add_sockets; the variables are cleared. Call it
+   once, before other threads begin. How many of max, 0 where there are none; -ENOSPC where max is
+   too small, and nothing was taken; -EINVAL; -EBADF. */
+TCPSRV_API int tcpsrv_systemd_sockets(int *fds, int max);
+
+/* The name of the index-th of them (LISTEN_FDNAMES); "" where it has none. Never NULL; up to 1,023
+   bytes of all the names are kept. */
+TCPSRV_API const char *tcpsrv_systemd_name(int index);
+
+/* Tells the service manager a state such as "READY=1", "STOPPING=1" or "WATCHDOG=1" (sd_notify(3)),
+   waiting a second at most for it to listen. 0, also where nobody asked to be told (NOTIFY_SOCKET);
+   -ENOTSUP (neither a path nor an abstract name), -ENAMETOOLONG, or why it could not be sent. */
+TCPSRV_API int tcpsrv_notify(const char *state);
 
 /* ---- processes ------------------------------------------------------------------------------- */
 
@@ -1744,6 +1792,33 @@ static void tcpsrv__sys_ignore_interrupt(void) {
 
 static void tcpsrv__sys_exit(int status) {
     exit(status);
+}
+
+static const char *tcpsrv__sys_variable(const char *name) {
+    return getenv(name);
+}
+
+static void tcpsrv__sys_clear_variable(const char *name) {
+    unsetenv(name);
+}
+
+static int tcpsrv__sys_close_on_exec(int fd) {
+    return fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -errno : 0;
+}
+
+/* One datagram; waits a second at most for room in the receiver's queue. */
+static int tcpsrv__sys_tell(const struct sockaddr *name, socklen_t size, const char *text) {
+    struct timeval limit;
+    int err = 0, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    if (fd < 0) return -errno;
+    limit.tv_sec = 1;
+    limit.tv_usec = 0;
+    err = tcpsrv__sys_close_on_exec(fd);
+    if (!err && setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) != 0) err = -errno;
+    while (!err && sendto(fd, text, strlen(text), TCPSRV__SEND_FLAGS, name, size) < 0)
+        if (errno != EINTR) err = -errno;
+    tcpsrv__sys_close(fd);
+    return err;
 }
 
 /* What a child of tcpsrv_fork_processes knows of itself; -1 elsewhere. */
@@ -3175,6 +3250,10 @@ static TCPSRV__COLD void tcpsrv__co_destroy(tcpsrv__source *source) {
    left where it is. */
 static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
     tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
+    if (!co->fn) { /* its stream never came so far */
+        tcpsrv__source_end(source);
+        return;
+    }
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(co);
     if (co->ended) return;
@@ -3796,6 +3875,7 @@ typedef struct tcpsrv__extra {
     tcpsrv_stream *stream;
     tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
     uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
+    uint64_t handshake_due;
     tcpsrv_close_fn *close_fn;
     void *close_arg;
     tcpsrv__block *marks_first, *marks_last; /* flush calls whose bytes are out, or never will be */
@@ -3835,6 +3915,8 @@ struct tcpsrv_stream {
     unsigned cancelled : 1;         /* the waiting read */
     unsigned in_stack : 1;          /* lies at the top of a coroutine's stack */
     unsigned close_told : 1;
+    unsigned starting : 1;          /* its handler has not begun */
+    unsigned counted : 1;           /* for max_connections_per_ip */
     tcpsrv__peer_name peer;
 };
 
@@ -3912,6 +3994,7 @@ static uint64_t tcpsrv__first_deadline(const tcpsrv__extra *extra) {
     due = tcpsrv__earlier(due, extra->write_due);
     due = tcpsrv__earlier(due, extra->idle_due);
     due = tcpsrv__earlier(due, extra->connect_due);
+    due = tcpsrv__earlier(due, extra->handshake_due);
     due = tcpsrv__earlier(due, extra->close_due);
     return tcpsrv__earlier(due, extra->linger_due);
 }
@@ -3945,6 +4028,15 @@ static TCPSRV__COLD tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
     extra->alarm.fire = tcpsrv__alarm_fire;
     stream->extra = extra;
     return extra;
+}
+
+/* For all that precedes the handler's first message. */
+static TCPSRV__COLD int tcpsrv__handshake_deadline(tcpsrv_stream *stream) {
+    int64_t limit = stream->owner->options.handshake_timeout_ms;
+    if (limit <= 0) return 0;
+    if (!tcpsrv__extra_make(stream)) return -ENOMEM;
+    stream->extra->handshake_due = stream->source.loop->now + tcpsrv__ms_to_ns(limit);
+    return tcpsrv__alarm_arm(stream);
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -4775,7 +4867,7 @@ static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
 static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return -ENOMEM;
-    extra->read_due = extra->idle_due = 0;
+    extra->read_due = extra->idle_due = extra->handshake_due = 0;
     if (!extra->close_due) extra->close_due = stream->source.loop->now + stream->owner->close_ns;
     return tcpsrv__alarm_arm(stream);
 }
@@ -4890,6 +4982,9 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__passed(loop, &extra->connect_due)) {
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    } else if (tcpsrv__passed(loop, &extra->handshake_due)) {
+        stats->timeouts_handshake++;
+        tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
     } else if (tcpsrv__passed(loop, &extra->write_due) && stream->out.first) {
         stats->timeouts_write++;
         stream->aborting = 1;
@@ -4964,6 +5059,7 @@ enum {
     TCPSRV__MAX_BUFFER = 1048576,
     TCPSRV__HIGH_WATER = 65536,
     TCPSRV__CHUNK = 65536,
+    TCPSRV__HANDSHAKE_MS = 10000,
     TCPSRV__CLOSE_MS = 5000
 };
 
@@ -4977,6 +5073,7 @@ static TCPSRV__COLD void tcpsrv__owner_fill(tcpsrv__owner *owner) {
     if (!options->read_chunk_size) options->read_chunk_size = TCPSRV__CHUNK;
     if (!options->stack_size) options->stack_size = TCPSRV__STACK_SIZE;
     if (!options->close_timeout_ms) options->close_timeout_ms = TCPSRV__CLOSE_MS;
+    if (!options->handshake_timeout_ms) options->handshake_timeout_ms = TCPSRV__HANDSHAKE_MS;
     if (!options->max_connections)
         options->max_connections = descriptors > 64 ? descriptors - 32 : descriptors / 2;
     owner->idle_ns = tcpsrv__ms_to_ns(options->idle_timeout_ms);
@@ -5364,6 +5461,9 @@ TCPSRV_IMPL int tcpsrv_loop_free(tcpsrv_loop *loop) {
 
 /* Owns addresses: as text, as sockets that listen there, as connections begun. */
 
+/* Why a connection is not served, for the log alone. */
+enum { TCPSRV__EPROXY = -10101, TCPSRV__EUNTRUSTED, TCPSRV__EPER_IP, TCPSRV__ECONNECTIONS };
+
 enum {
     TCPSRV__MAX_ADDRESSES = 32,     /* of one host name */
     TCPSRV__PORT_TRIES = 16,        /* for one free port in both families */
@@ -5712,6 +5812,241 @@ TCPSRV_IMPL int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int bac
     return tcpsrv__fail(err, "bind unix", path);
 }
 
+/* ---- networks -------------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__network {
+    unsigned char ip[16];
+    int family, bits;
+} tcpsrv__network;
+
+/* A number as programs write it: digits alone, without leading zeros; -1 for anything else. */
+static TCPSRV__COLD long tcpsrv__decimal(const char *text, long most) {
+    long number = 0;
+    if (!*text || (text[0] == '0' && text[1])) return -1;
+    for (; *text; text++) {
+        int digit = *text - '0';
+        if (digit < 0 || digit > 9 || number > (most - digit) / 10) return -1;
+        number = number * 10 + digit;
+    }
+    return number;
+}
+
+/* The bytes of an address, an IPv4-mapped one's as those of IPv4 (RFC 4291 2.5.5.2). Gives their
+   family; 0 for none. */
+static TCPSRV__COLD int tcpsrv__plain_ip(const tcpsrv__peer_name *name, const unsigned char **ip) {
+    static const unsigned char mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255 };
+    *ip = name->ip;
+    if (name->family != AF_INET6 || memcmp(name->ip, mapped, sizeof mapped) != 0)
+        return name->family == AF_INET || name->family == AF_INET6 ? name->family : 0;
+    *ip += sizeof mapped;
+    return AF_INET;
+}
+
+static TCPSRV__COLD int tcpsrv__network_has(const tcpsrv__network *network,
+                                            const tcpsrv__peer_name *name) {
+    const unsigned char *ip;
+    int family = tcpsrv__plain_ip(name, &ip), whole = network->bits / 8, rest = network->bits % 8;
+    if (name->family == AF_UNIX) return network->family == AF_UNIX;
+    if (family != network->family || memcmp(ip, network->ip, (size_t)whole) != 0) return 0;
+    return rest == 0 || (ip[whole] ^ network->ip[whole]) >> (8 - rest) == 0;
+}
+
+/* "192.0.2.0/24", "fd00::/8", "192.0.2.1", "unix". */
+static TCPSRV__COLD int tcpsrv__network_parse(char *text, tcpsrv__network *network) {
+    char *slash = strchr(text, '/');
+    int most;
+    memset(network, 0, sizeof *network);
+    network->family = strchr(text, ':') ? AF_INET6 : AF_INET;
+    if (strcmp(text, "unix") == 0) {
+        network->family = AF_UNIX;
+        return 0;
+    }
+    if (slash) *slash = 0;
+    most = network->family == AF_INET6 ? 128 : 32;
+    network->bits = slash ? (int)tcpsrv__decimal(slash + 1, most) : most;
+    most = inet_pton(network->family, text, network->ip);
+    if (slash) *slash = '/';
+    return most == 1 && network->bits >= 0 ? 0 : -EINVAL;
+}
+
+/* The next of a list, in text of size 64; 0: no more. *list moves behind it. */
+static TCPSRV__COLD int tcpsrv__network_next(const char **list, char *text) {
+    size_t size;
+    *list += strspn(*list, ", \t\n");
+    size = strcspn(*list, ", \t\n");
+    snprintf(text, 64, "%.*s", (int)(size < 64 ? size : 63), *list);
+    *list += size;
+    return size > 0;
+}
+
+/* ---- the PROXY header ------------------------------------------------------------------------ */
+
+/* After doc/proxy-protocol.txt of HAProxy. */
+enum {
+    TCPSRV__PROXY_LINE = 107,       /* the longest of version 1 */
+    TCPSRV__PROXY_HEAD = 16,        /* of version 2, before the addresses */
+    TCPSRV__PROXY_MOST = 16384      /* of version 2 with all its extensions */
+};
+static const char tcpsrv__proxy_1[] = "PROXY ";
+static const char tcpsrv__proxy_2[] = "\r\n\r\n\0\r\nQUIT\n";
+
+/* Whether the bytes begin as the signature does, as far as they go. */
+static TCPSRV__COLD int tcpsrv__proxy_begins(const char *data, size_t size, const char *signature,
+                                             size_t length) {
+    return memcmp(data, signature, size < length ? size : length) == 0;
+}
+
+/* A tcpsrv_find_end_fn: refuses as soon as it cannot become a header any more. */
+static TCPSRV__COLD int64_t tcpsrv__proxy_end(const char *data, size_t size, void *arg) {
+    const unsigned char *head = (const unsigned char *)data;
+    const size_t most = TCPSRV__PROXY_LINE;
+    const char *end;
+    int64_t length;
+    (void)arg;
+    if (tcpsrv__proxy_begins(data, size, tcpsrv__proxy_1, sizeof tcpsrv__proxy_1 - 1)) {
+        end = (const char *)memchr(data, '\n', size < most ? size : most);
+        if (end) return end[-1] == '\r' ? end - data + 1 : -1;
+        return size < most ? 0 : -1;
+    }
+    if (!tcpsrv__proxy_begins(data, size, tcpsrv__proxy_2, sizeof tcpsrv__proxy_2 - 1)) return -1;
+    if (size > 12 && head[12] >> 4 != 2) return -1;
+    if (size < TCPSRV__PROXY_HEAD) return 0;
+    length = TCPSRV__PROXY_HEAD + (head[14] << 8) + head[15];
+    return length <= TCPSRV__PROXY_MOST ? length : -1;
+}
+
+static TCPSRV__COLD int tcpsrv__proxy_ip(tcpsrv_address *address, int family,
+                                         const unsigned char *ip, const unsigned char *port) {
+    memset(address, 0, sizeof *address);
+    address->family = family;
+    memcpy(address->ip, ip, family == AF_INET ? 4 : 16);
+    address->port = (unsigned short)(port[0] << 8 | port[1]);
+    return 1;
+}
+
+/* 1: the source's address is known now; 0: the header leaves it as it is; a code: malformed. */
+static TCPSRV__COLD int tcpsrv__proxy_parse_2(const unsigned char *data, size_t size,
+                                              tcpsrv_address *address) {
+    const unsigned char *at = data + TCPSRV__PROXY_HEAD;
+    int command = data[12] & 15, family = data[13] >> 4, transport = data[13] & 15;
+    size -= TCPSRV__PROXY_HEAD;
+    if (command == 0) return 0; /* LOCAL: the proxy's own connection */
+    if (command != 1 || family > 3 || transport > 2) return TCPSRV__EPROXY;
+    if (family == 0 || transport != 1) return 0; /* valid, and says nothing about a stream */
+    if (size < (family == 1 ? 12u : family == 2 ? 36u : 216u)) return TCPSRV__EPROXY;
+    if (family == 1) return tcpsrv__proxy_ip(address, AF_INET, at, at + 8);
+    if (family == 2) return tcpsrv__proxy_ip(address, AF_INET6, at, at + 32);
+    memset(address, 0, sizeof *address);
+    address->family = AF_UNIX;
+    memcpy(address->path, at, 108);
+    if (!address->path[0] && address->path[1]) address->path[0] = '@';
+    return 1;
+}
+
+/* The fields of a line, with exactly one blank between; 0: not so many. */
+static TCPSRV__COLD int tcpsrv__proxy_split(char *line, char **fields, int count) {
+    int i;
+    for (i = 0; i < count; i++) {
+        fields[i] = line;
+        line = strchr(line, ' ');
+        if (!line) return i + 1 == count;
+        *line++ = 0;
+    }
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__proxy_parse_1(const char *data, size_t size,
+                                              tcpsrv_address *address) {
+    char line[TCPSRV__PROXY_LINE], *fields[6];
+    unsigned char source[16], target[16], ports[2];
+    size_t length = size - 2; /* without CR LF */
+    long from, to;
+    int family;
+    memcpy(line, data, length);
+    line[length] = 0;
+    if (strlen(line) != length || strchr(line, '\r')) return TCPSRV__EPROXY;
+    if (strcmp(line, "PROXY UNKNOWN") == 0 || strncmp(line, "PROXY UNKNOWN ", 14) == 0) return 0;
+    if (!tcpsrv__proxy_split(line, fields, 6)) return TCPSRV__EPROXY;
+    family = strcmp(fields[1], "TCP4") == 0 ? AF_INET : AF_INET6;
+    if (family == AF_INET6 && strcmp(fields[1], "TCP6") != 0) return TCPSRV__EPROXY;
+    from = tcpsrv__decimal(fields[4], 65535);
+    to = tcpsrv__decimal(fields[5], 65535);
+    if (from < 0 || to < 0 || inet_pton(family, fields[2], source) != 1 ||
+        inet_pton(family, fields[3], target) != 1)
+        return TCPSRV__EPROXY;
+    ports[0] = (unsigned char)(from >> 8);
+    ports[1] = (unsigned char)(from & 255);
+    return tcpsrv__proxy_ip(address, family, source, ports);
+}
+
+static TCPSRV__COLD int tcpsrv__proxy_parse(tcpsrv_bytes header, tcpsrv_address *address) {
+    if (header.data[0] == 'P') return tcpsrv__proxy_parse_1(header.data, header.size, address);
+    return tcpsrv__proxy_parse_2((const unsigned char *)header.data, header.size, address);
+}
+
+/* ---- the service manager --------------------------------------------------------------------- */
+
+enum { TCPSRV__FIRST_FD = 3 }; /* SD_LISTEN_FDS_START */
+
+static char tcpsrv__listen_names[1024]; /* each with a NUL behind it */
+static size_t tcpsrv__listen_names_size;
+
+/* How many sockets were passed to this process; a code. */
+static TCPSRV__COLD long tcpsrv__passed_count(void) {
+    const char *pid = tcpsrv__sys_variable("LISTEN_PID");
+    const char *count = tcpsrv__sys_variable("LISTEN_FDS");
+    long number;
+    if (!pid || !count) return 0;
+    number = tcpsrv__decimal(pid, INT_MAX);
+    if (number < 0) return -EINVAL;
+    if (number != tcpsrv__sys_pid()) return 0; /* meant for who started us */
+    number = tcpsrv__decimal(count, INT_MAX - TCPSRV__FIRST_FD);
+    return number < 0 ? -EINVAL : number;
+}
+
+static TCPSRV__COLD void tcpsrv__keep_names(const char *names) {
+    size_t i, size = names ? strlen(names) + 1 : 0;
+    if (size > sizeof tcpsrv__listen_names) size = sizeof tcpsrv__listen_names;
+    if (size) memcpy(tcpsrv__listen_names, names, size);
+    if (size) tcpsrv__listen_names[size - 1] = 0;
+    for (i = 0; i < size; i++)
+        if (tcpsrv__listen_names[i] == ':') tcpsrv__listen_names[i] = 0;
+    tcpsrv__listen_names_size = size;
+}
+
+TCPSRV_IMPL int tcpsrv_systemd_sockets(int *fds, int max) {
+    long i, n = tcpsrv__passed_count();
+    int err = n < 0 ? (int)n : 0;
+    if (n > max) return tcpsrv__fail(-ENOSPC, "systemd_sockets", NULL);
+    for (i = 0; i < n && !err; i++) {
+        fds[i] = (int)(TCPSRV__FIRST_FD + i);
+        err = tcpsrv__sys_close_on_exec(fds[i]);
+    }
+    if (n > 0) tcpsrv__keep_names(tcpsrv__sys_variable("LISTEN_FDNAMES"));
+    tcpsrv__sys_clear_variable("LISTEN_PID");
+    tcpsrv__sys_clear_variable("LISTEN_FDS");
+    tcpsrv__sys_clear_variable("LISTEN_FDNAMES");
+    return err ? tcpsrv__fail(err, "systemd_sockets", "LISTEN_FDS") : (int)n;
+}
+
+TCPSRV_IMPL const char *tcpsrv_systemd_name(int index) {
+    size_t at = 0;
+    while (index > 0 && at < tcpsrv__listen_names_size)
+        if (!tcpsrv__listen_names[at++]) index--;
+    return index == 0 && at < tcpsrv__listen_names_size ? tcpsrv__listen_names + at : "";
+}
+
+TCPSRV_IMPL int tcpsrv_notify(const char *state) {
+    const char *path = tcpsrv__sys_variable("NOTIFY_SOCKET");
+    struct sockaddr_un name;
+    socklen_t size;
+    int err;
+    if (!path || !*path) return 0;
+    err = *path == '/' || *path == '@' ? tcpsrv__unix_name(path, &name, &size) : -ENOTSUP;
+    if (!err) err = tcpsrv__sys_tell((const struct sockaddr *)&name, size, state);
+    return err ? tcpsrv__fail(err, "notify", path) : 0;
+}
+
 /* ---- connecting ------------------------------------------------------------------------------ */
 
 static int tcpsrv__lookup_numeric(tcpsrv__lookup *lookup, const char *host, int port, int family) {
@@ -5811,7 +6146,11 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_EBUFFULL, "the output is full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
     { TCPSRV_ENOTCORO, "outside a coroutine in a running loop" },
-    { TCPSRV_EREFUSED, "refused by the framing" }
+    { TCPSRV_EREFUSED, "refused by the framing" },
+    { TCPSRV__EPROXY, "not a PROXY header" },
+    { TCPSRV__EUNTRUSTED, "not a trusted proxy" },
+    { TCPSRV__EPER_IP, "max_connections_per_ip is reached" },
+    { TCPSRV__ECONNECTIONS, "max_connections is reached" }
 };
 
 TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
@@ -5944,6 +6283,25 @@ typedef struct tcpsrv__log_cause {
     unsigned missed;
 } tcpsrv__log_cause;
 
+/* How many connections each address has: a hash table with linear probing, at most half full. */
+typedef struct tcpsrv__crowd {
+    uint64_t key;
+    size_t count;                   /* 0: a free slot */
+} tcpsrv__crowd;
+
+typedef struct tcpsrv__crowds {
+    tcpsrv__crowd *slots;
+    size_t capacity, used;          /* a power of two; slots */
+    uint64_t seed;                  /* so that nobody can choose addresses that collide */
+} tcpsrv__crowds;
+
+typedef struct tcpsrv__drain_signal {
+    struct tcpsrv__drain_signal *next;
+    tcpsrv *server;
+    int64_t id, timeout_ms;         /* id 0: the server has no loop yet */
+    int signo;
+} tcpsrv__drain_signal;
+
 struct tcpsrv {
     tcpsrv__source source;
     tcpsrv__owner owner;            /* streams know their server by it */
@@ -5956,6 +6314,10 @@ struct tcpsrv {
     size_t handlers;                /* coroutines that have not returned */
     int64_t pause_ms;
     tcpsrv__timer pause_timer, drain_timer;
+    tcpsrv__drain_signal *drain_signals;
+    tcpsrv__network *trusted;       /* and the text they were read from */
+    size_t trusted_count;
+    tcpsrv__crowds crowds;
     tcpsrv__log_cause causes[TCPSRV__LOG_CAUSES];
 };
 
@@ -6016,7 +6378,14 @@ static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv__peer_na
 /* ---- the end of a server --------------------------------------------------------------------- */
 
 static void tcpsrv__server_release(tcpsrv *server) {
+    while (server->drain_signals) {
+        tcpsrv__drain_signal *drain = server->drain_signals;
+        server->drain_signals = drain->next;
+        tcpsrv__free(drain);
+    }
     if (server->reserve_fd >= 0) tcpsrv__sys_close(server->reserve_fd);
+    tcpsrv__free(server->crowds.slots);
+    tcpsrv__free(server->trusted);
     tcpsrv__free(server->bound);
     tcpsrv__free(server);
 }
@@ -6040,10 +6409,12 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
 /* The loop is being freed: the server goes on without one. */
 static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, source, source);
+    tcpsrv__drain_signal *drain;
     tcpsrv__timer_cancel(source->loop, &server->pause_timer);
     tcpsrv__timer_cancel(source->loop, &server->drain_timer);
     tcpsrv__slot_release(source->loop, source->id);
     server->loop = NULL;
+    for (drain = server->drain_signals; drain; drain = drain->next) drain->id = 0;
     tcpsrv__server_settle(server);
 }
 
@@ -6108,10 +6479,103 @@ static TCPSRV__COLD void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
 /* At max_connections new ones wait in the backlog. */
 static int tcpsrv__at_limit(tcpsrv *server) {
     if (server->owner.stats.active < server->owner.options.max_connections) return 0;
-    if (!server->at_limit) server->owner.stats.accept_pauses++;
+    if (!server->at_limit) {
+        server->owner.stats.accept_pauses++;
+        server->owner.stats.connection_limits++;
+        tcpsrv__log_limited(server, TCPSRV_LOG_WARNING, TCPSRV__ECONNECTIONS, "accept paused",
+                            NULL);
+    }
     server->at_limit = 1;
     tcpsrv__listeners_poll(server, 0);
     return 1;
+}
+
+/* ---- connections of one address -------------------------------------------------------------- */
+
+/* IPv6 by the first 64 bits; IPv4 in what is multicast there. 0: an address that is not counted. */
+static TCPSRV__COLD int tcpsrv__crowd_key(const tcpsrv__peer_name *peer, uint64_t *key) {
+    const unsigned char *ip;
+    int i, family = tcpsrv__plain_ip(peer, &ip);
+    *key = family == AF_INET ? 0xffff : 0;
+    for (i = 0; i < (family == AF_INET ? 4 : 8); i++) *key = *key << 8 | ip[i];
+    return family != 0;
+}
+
+static TCPSRV__COLD size_t tcpsrv__crowd_home(const tcpsrv__crowds *crowds, uint64_t key) {
+    key ^= crowds->seed;
+    key = (key ^ key >> 33) * 0xff51afd7ed558ccdu; /* MurmurHash3's end */
+    key = (key ^ key >> 33) * 0xc4ceb9fe1a85ec53u;
+    return (size_t)(key ^ key >> 33) & (crowds->capacity - 1);
+}
+
+/* The slot with the key, or the free one where it belongs. */
+static TCPSRV__COLD tcpsrv__crowd *tcpsrv__crowd_find(const tcpsrv__crowds *crowds, uint64_t key) {
+    size_t at = tcpsrv__crowd_home(crowds, key);
+    while (crowds->slots[at].count && crowds->slots[at].key != key)
+        at = (at + 1) & (crowds->capacity - 1);
+    return &crowds->slots[at];
+}
+
+static TCPSRV__COLD int tcpsrv__crowds_resize(tcpsrv__crowds *crowds, size_t capacity) {
+    tcpsrv__crowds old = *crowds;
+    size_t i;
+    if (!old.seed) crowds->seed = tcpsrv__clock_ns() ^ (uint64_t)(uintptr_t)crowds;
+    crowds->slots = (tcpsrv__crowd *)tcpsrv__alloc(capacity * sizeof *crowds->slots);
+    if (!crowds->slots) {
+        *crowds = old;
+        return -ENOMEM;
+    }
+    crowds->capacity = capacity;
+    for (i = 0; i < old.capacity; i++)
+        if (old.slots[i].count) *tcpsrv__crowd_find(crowds, old.slots[i].key) = old.slots[i];
+    tcpsrv__free(old.slots);
+    return 0;
+}
+
+/* One more of that address: 0, or why not. */
+static TCPSRV__COLD int tcpsrv__crowd_join(tcpsrv__crowds *crowds, const tcpsrv__peer_name *peer,
+                                           size_t most) {
+    tcpsrv__crowd *crowd;
+    uint64_t key;
+    if (!tcpsrv__crowd_key(peer, &key)) return 0;
+    if (2 * (crowds->used + 1) > crowds->capacity &&
+        tcpsrv__crowds_resize(crowds, crowds->capacity ? crowds->capacity * 2 : 16) != 0)
+        return -ENOMEM;
+    crowd = tcpsrv__crowd_find(crowds, key);
+    if (crowd->count >= most) return TCPSRV__EPER_IP;
+    crowd->key = key;
+    if (!crowd->count++) crowds->used++;
+    return 0;
+}
+
+/* Those behind a slot that becomes free move up, so that they are still found. */
+static TCPSRV__COLD void tcpsrv__crowd_remove(tcpsrv__crowds *crowds, tcpsrv__crowd *crowd) {
+    size_t mask = crowds->capacity - 1, hole = (size_t)(crowd - crowds->slots), at = hole;
+    crowds->used--;
+    while (crowds->slots[at = (at + 1) & mask].count) {
+        size_t home = tcpsrv__crowd_home(crowds, crowds->slots[at].key);
+        if (((at - home) & mask) < ((at - hole) & mask)) continue;
+        crowds->slots[hole] = crowds->slots[at];
+        hole = at;
+    }
+    crowds->slots[hole].count = 0;
+}
+
+static TCPSRV__COLD void tcpsrv__crowd_leave(tcpsrv__crowds *crowds,
+                                             const tcpsrv__peer_name *peer) {
+    tcpsrv__crowd *crowd;
+    uint64_t key;
+    if (!tcpsrv__crowd_key(peer, &key)) return;
+    crowd = tcpsrv__crowd_find(crowds, key);
+    if (--crowd->count) return;
+    tcpsrv__crowd_remove(crowds, crowd);
+    if (crowds->used == 0) {
+        tcpsrv__free(crowds->slots);
+        crowds->slots = NULL;
+        crowds->capacity = 0;
+    } else if (crowds->capacity > 16 && crowds->used * 8 < crowds->capacity) {
+        tcpsrv__crowds_resize(crowds, crowds->capacity / 2);
+    }
 }
 
 /* ---- connections ----------------------------------------------------------------------------- */
@@ -6122,14 +6586,14 @@ typedef struct tcpsrv__handler {    /* at the top of a coroutine's stack */
     tcpsrv__co *co;
 } tcpsrv__handler;
 
-static void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream);
-
 #if TCPSRV__CORO
+static tcpsrv__handler *tcpsrv__handler_of(tcpsrv_stream *stream) {
+    return TCPSRV__CONTAINER(tcpsrv__handler, stream, stream);
+}
+
 static void tcpsrv__stream_free(tcpsrv_stream *stream) {
-    if (stream->in_stack)
-        tcpsrv__co_unref(TCPSRV__CONTAINER(tcpsrv__handler, stream, stream)->co);
-    else
-        tcpsrv__free(stream);
+    if (stream->in_stack) tcpsrv__co_unref(tcpsrv__handler_of(stream)->co);
+    else tcpsrv__free(stream);
 }
 
 static TCPSRV__COLD int tcpsrv__handler_main(void *arg) {
@@ -6149,52 +6613,69 @@ static TCPSRV__COLD void tcpsrv__handler_end(tcpsrv__co *co) {
     tcpsrv__server_settle(server);
 }
 
-static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address *address,
-                                   const tcpsrv__peer_name *peer) {
+/* Memory for a stream and, not begun, the coroutine of its handler. */
+static TCPSRV__COLD tcpsrv_stream *tcpsrv__handler_new(tcpsrv *server) {
     tcpsrv__handler *handler;
     void *memory;
     tcpsrv__co *co = tcpsrv__co_new(server->loop, server->owner.options.stack_size, sizeof *handler,
                                     &memory);
-    int err;
-    if (!co) return -ENOMEM;
+    if (!co) return NULL;
     handler = (tcpsrv__handler *)memory;
     handler->co = co;
+    handler->stream.in_stack = 1;
+    return &handler->stream;
+}
+
+static TCPSRV__COLD void tcpsrv__handler_begin(tcpsrv *server, tcpsrv_stream *stream,
+                                               const tcpsrv_address *address) {
+    tcpsrv__handler *handler = tcpsrv__handler_of(stream);
     handler->address = *address;
-    err = tcpsrv__stream_init(&handler->stream, server->loop, &server->owner, fd,
-                              TCPSRV__EVENT_READ);
-    if (err) {
-        co->refs = 1;
-        tcpsrv__source_end(&co->source);
-        return err;
-    }
-    handler->stream.held = handler->stream.in_stack = 1;
-    handler->stream.user = server->owner.options.user;
-    handler->stream.peer = *peer;
-    handler->stream.deep = peer->family != AF_INET && peer->family != AF_INET6;
-    server->owner.stats.active++;
+    stream->held = 1;
     server->handlers++;
-    co->fn = tcpsrv__handler_main;
-    co->arg = handler;
-    co->on_end = tcpsrv__handler_end;
-    tcpsrv__co_resume(co);
-    return 0;
+    handler->co->fn = tcpsrv__handler_main;
+    handler->co->arg = handler;
+    handler->co->on_end = tcpsrv__handler_end;
+    tcpsrv__co_resume(handler->co);
+}
+
+/* A coroutine that will not begin ends; the stream keeps the memory of both as long as it needs. */
+static TCPSRV__COLD void tcpsrv__handler_drop(tcpsrv_stream *stream) {
+    if (stream->in_stack) tcpsrv__source_end(&tcpsrv__handler_of(stream)->co->source);
 }
 #else
 static void tcpsrv__stream_free(tcpsrv_stream *stream) {
     tcpsrv__free(stream);
 }
 
-static int tcpsrv__serve_coroutine(tcpsrv *server, int fd, const tcpsrv_address *address,
-                                   const tcpsrv__peer_name *peer) {
-    (void)server, (void)fd, (void)address, (void)peer;
-    return -ENOTSUP;
+static tcpsrv_stream *tcpsrv__handler_new(tcpsrv *server) {
+    (void)server;
+    return NULL;
+}
+
+static void tcpsrv__handler_begin(tcpsrv *server, tcpsrv_stream *stream,
+                                  const tcpsrv_address *address) {
+    (void)server, (void)stream, (void)address;
+}
+
+static void tcpsrv__handler_drop(tcpsrv_stream *stream) {
+    (void)stream;
 }
 #endif
 
+static TCPSRV__COLD void tcpsrv__count_closed(tcpsrv_stats *stats, int code) {
+    stats->active--;
+    if (code == 0 || code == TCPSRV_EOF) stats->closed_in_order++;
+    else if (code == TCPSRV_ETIMEDOUT || code == -ETIMEDOUT) stats->closed_by_timeout++;
+    else if (code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED) stats->closed_by_abort++;
+    else if (code == -ECONNRESET || code == -EPIPE) stats->closed_by_reset++;
+    else stats->closed_by_error++;
+}
+
 static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
     tcpsrv *server = tcpsrv__server_of(owner);
+    tcpsrv__count_closed(&owner->stats, stream->error);
+    if (stream->counted) tcpsrv__crowd_leave(&server->crowds, &stream->peer);
     tcpsrv__stream_free(stream);
-    owner->stats.active--;
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
         if (!server->paused) tcpsrv__listeners_poll(server, 1);
@@ -6202,46 +6683,162 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
     tcpsrv__server_settle(server);
 }
 
-static int tcpsrv__serve_callback(tcpsrv *server, int fd, const tcpsrv_address *address,
-                                  const tcpsrv__peer_name *peer) {
-    tcpsrv_stream *stream = (tcpsrv_stream *)tcpsrv__alloc(sizeof *stream);
-    int err;
-    if (!stream) return -ENOMEM;
-    err = tcpsrv__stream_init(stream, server->loop, &server->owner, fd, TCPSRV__EVENT_READ);
+/* A stream of the server over an accepted connection; its handler has not begun. */
+static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv__peer_name *peer,
+                                           tcpsrv_stream **made) {
+    tcpsrv_stream *stream = server->owner.options.handle_stream
+                                ? tcpsrv__handler_new(server)
+                                : (tcpsrv_stream *)tcpsrv__alloc(sizeof *stream);
+    int err = stream ? tcpsrv__stream_init(stream, server->loop, &server->owner, fd,
+                                           TCPSRV__EVENT_READ) : -ENOMEM;
     if (err) {
-        tcpsrv__free(stream);
+        if (stream) tcpsrv__handler_drop(stream);
+        if (stream) tcpsrv__stream_free(stream);
         return err;
     }
     stream->user = server->owner.options.user;
     stream->peer = *peer;
     stream->deep = peer->family != AF_INET && peer->family != AF_INET6;
+    stream->starting = 1;
     server->owner.stats.active++;
-    err = server->owner.options.on_stream(stream, address, server->owner.options.user);
-    if (err) {
-        tcpsrv__log_result(server, err, peer);
-        tcpsrv_close(stream);
-    }
+    server->owner.stats.accepted++;
+    *made = stream;
     return 0;
+}
+
+static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *stream,
+                                              const tcpsrv_address *address) {
+    int err;
+    stream->starting = 0;
+    if (stream->in_stack) {
+        tcpsrv__handler_begin(server, stream, address);
+        return;
+    }
+    err = server->owner.options.on_stream(stream, address, server->owner.options.user);
+    if (!err) return;
+    tcpsrv__log_result(server, err, &stream->peer);
+    tcpsrv_close(stream);
+}
+
+/* ---- who may connect ------------------------------------------------------------------------- */
+
+static TCPSRV__COLD void tcpsrv__log_refused(tcpsrv *server, int code,
+                                             const tcpsrv__peer_name *peer) {
+    tcpsrv_stats *stats = &server->owner.stats;
+    char place[TCPSRV_ADDRESS_TEXT];
+    tcpsrv_address address;
+    if (code == TCPSRV__EPER_IP) stats->refused_per_ip++;
+    else stats->refused_proxy++;
+    tcpsrv__name_address(peer, &address);
+    tcpsrv_address_text(&address, place, sizeof place);
+    tcpsrv__log_limited(server, TCPSRV_LOG_WARNING, code, "connection refused from", place);
+}
+
+static TCPSRV__COLD int tcpsrv__join_crowd(tcpsrv *server, const tcpsrv__peer_name *peer) {
+    size_t most = server->owner.options.max_connections_per_ip;
+    return most ? tcpsrv__crowd_join(&server->crowds, peer, most) : 0;
+}
+
+static TCPSRV__COLD int tcpsrv__trusts(const tcpsrv *server, const tcpsrv__peer_name *peer) {
+    size_t i = 0;
+    while (i < server->trusted_count && !tcpsrv__network_has(&server->trusted[i], peer)) i++;
+    return i < server->trusted_count;
+}
+
+/* Of a stream whose handler will not begin. */
+static TCPSRV__COLD void tcpsrv__header_refuse(tcpsrv *server, tcpsrv_stream *stream, int code) {
+    tcpsrv_bytes bytes;
+    int silent = code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED ||
+                 (code == TCPSRV_EOF && tcpsrv_peek(stream, &bytes) == 0); /* a probe */
+    if (code == TCPSRV_EREFUSED || code == TCPSRV_EOF) code = TCPSRV__EPROXY;
+    if (code == TCPSRV__EPROXY || code == TCPSRV__EPER_IP || code == TCPSRV_ETIMEDOUT) {
+        if (!silent) tcpsrv__log_refused(server, code, &stream->peer);
+    } else {
+        tcpsrv__log_result(server, code, &stream->peer);
+    }
+    tcpsrv__handler_drop(stream);
+    if (silent) tcpsrv_close(stream);
+    else tcpsrv_abort(stream);
+}
+
+/* Whether what a trusted peer sent instead of a header is data. */
+static TCPSRV__COLD int tcpsrv__header_is_data(tcpsrv *server, tcpsrv_stream *stream, int err) {
+    tcpsrv_bytes bytes;
+    if (server->owner.options.proxy_protocol != TCPSRV_PROXY_OPTIONAL) return 0;
+    if (err != TCPSRV_EREFUSED && err != TCPSRV_EOF) return 0;
+    tcpsrv_peek(stream, &bytes);
+    return !(bytes.size >= sizeof tcpsrv__proxy_1 - 1 &&
+             memcmp(bytes.data, tcpsrv__proxy_1, sizeof tcpsrv__proxy_1 - 1) == 0) &&
+           !(bytes.size >= sizeof tcpsrv__proxy_2 - 1 &&
+             memcmp(bytes.data, tcpsrv__proxy_2, sizeof tcpsrv__proxy_2 - 1) == 0);
+}
+
+static TCPSRV__COLD void tcpsrv__header_read(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes,
+                                             void *arg) {
+    tcpsrv *server = (tcpsrv *)arg;
+    tcpsrv_address address;
+    int known = 0;
+    if (tcpsrv__header_is_data(server, stream, err)) err = 0;
+    else if (!err) known = tcpsrv__proxy_parse(bytes, &address);
+    if (known < 0) err = known;
+    if (!err && known) tcpsrv__name_peer(&stream->peer, &address);
+    if (!err && !known) tcpsrv__name_address(&stream->peer, &address);
+    if (!err) err = tcpsrv__join_crowd(server, &stream->peer);
+    if (err) {
+        tcpsrv__header_refuse(server, stream, err);
+        return;
+    }
+    stream->counted = server->owner.options.max_connections_per_ip != 0;
+    if (stream->extra) stream->extra->handshake_due = 0;
+    tcpsrv__stream_begin(server, stream, &address);
+}
+
+static TCPSRV__COLD void tcpsrv__header_await(tcpsrv *server, tcpsrv_stream *stream) {
+    int err = tcpsrv__handshake_deadline(stream);
+    if (!err) err = tcpsrv_read(stream, tcpsrv_frame(tcpsrv__proxy_end, NULL, TCPSRV__PROXY_MOST),
+                                tcpsrv__header_read, server);
+    if (err) tcpsrv__header_refuse(server, stream, err);
 }
 
 /* ---- accepting ------------------------------------------------------------------------------- */
 
+/* Not served, for lack of memory or because it may not be. */
+static TCPSRV__COLD void tcpsrv__turn_away(tcpsrv *server, int fd, int code,
+                                           const tcpsrv__peer_name *peer) {
+    tcpsrv__sys_close(fd);
+    if (code == TCPSRV__EPER_IP || code == TCPSRV__EUNTRUSTED) {
+        tcpsrv__log_refused(server, code, peer);
+        return;
+    }
+    server->owner.stats.shed++;
+    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, code, "connection dropped", NULL);
+}
+
 static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sockaddr *name,
                                        socklen_t size) {
+    int mode = server->owner.options.proxy_protocol, err = 0, header;
     tcpsrv_address address;
     tcpsrv__peer_name peer;
-    int err;
+    tcpsrv_stream *stream = NULL;
     tcpsrv__address_from_sockaddr(&address, name, size);
     tcpsrv__name_peer(&peer, &address);
     if (!TCPSRV__LINUX && !server->owner.options.no_nodelay) tcpsrv__sys_nodelay(fd, 1);
-    server->owner.stats.accepted++;
-    err = server->owner.options.handle_stream ? tcpsrv__serve_coroutine(server, fd, &address, &peer)
-                                        : tcpsrv__serve_callback(server, fd, &address, &peer);
+    header = mode != TCPSRV_PROXY_OFF && tcpsrv__trusts(server, &peer);
+    if (!header && mode == TCPSRV_PROXY_REQUIRED) err = TCPSRV__EUNTRUSTED;
+    else if (!header) err = tcpsrv__join_crowd(server, &peer);
+    if (!err) {
+        err = tcpsrv__stream_new(server, fd, &peer, &stream);
+        if (err && !header && server->owner.options.max_connections_per_ip)
+            tcpsrv__crowd_leave(&server->crowds, &peer);
+    }
+    if (err) {
+        tcpsrv__turn_away(server, fd, err, &peer);
+        return;
+    }
+    stream->counted = !header && server->owner.options.max_connections_per_ip != 0;
+    if (header) tcpsrv__header_await(server, stream);
+    else tcpsrv__stream_begin(server, stream, &address);
     tcpsrv__flush_all(server->loop);
-    if (!err) return;
-    tcpsrv__sys_close(fd);
-    server->owner.stats.shed++;
-    tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "connection dropped", NULL);
 }
 
 /* The reserve is given up to tell a few of those who wait that nobody will serve them. */
@@ -6379,6 +6976,34 @@ static void tcpsrv__watch_parent(tcpsrv_loop *loop) {
                                          tcpsrv__parent_gone, loop);
 }
 
+/* A signal that ends the server, the second one at once. */
+static TCPSRV__COLD void tcpsrv__drain_signalled(int signo, void *arg) {
+    tcpsrv__drain_signal *drain = (tcpsrv__drain_signal *)arg;
+    tcpsrv *server = drain->server;
+    (void)signo;
+    if (server->owner.draining) {
+        tcpsrv__timer_arm(server->loop, &server->drain_timer, server->loop->now);
+        return;
+    }
+    if (tcpsrv_task_id() < 0) tcpsrv_notify("STOPPING=1");
+    tcpsrv_drain(server, drain->timeout_ms);
+}
+
+static TCPSRV__COLD int tcpsrv__drain_signals_claim(tcpsrv *server) {
+    tcpsrv__drain_signal *drain;
+    for (drain = server->drain_signals; drain; drain = drain->next) {
+        if (!drain->id)
+            drain->id = tcpsrv_on_signal(server->loop, drain->signo, tcpsrv__drain_signalled,
+                                         drain);
+        if (drain->id < 0) {
+            int err = (int)drain->id;
+            drain->id = 0;
+            return err;
+        }
+    }
+    return 0;
+}
+
 /* The server belongs to a loop from now on. */
 static int tcpsrv__server_attach(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
@@ -6394,7 +7019,7 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     tcpsrv__timer_arm(loop, &server->pause_timer, TCPSRV__NEVER);
     tcpsrv__timer_arm(loop, &server->drain_timer, TCPSRV__NEVER);
     if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
-    return 0;
+    return tcpsrv__drain_signals_claim(server);
 }
 
 static int tcpsrv__prepare_socket(tcpsrv *server, int fd) {
@@ -6487,7 +7112,7 @@ TCPSRV_IMPL void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream
     server->busy++;
     for (i = 1; i < end && server->loop; i++) {
         tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (stream && !stream->closing) fn(stream, arg);
+        if (stream && !stream->closing && !stream->starting) fn(stream, arg);
     }
     server->busy--;
     tcpsrv__server_settle(server);
@@ -6502,8 +7127,11 @@ static void tcpsrv__abort_all(tcpsrv *server) {
 }
 
 TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
+    tcpsrv__drain_signal *drain;
     if (!server || server->freed) return;
     server->freed = 1;
+    for (drain = server->drain_signals; drain && server->loop; drain = drain->next)
+        tcpsrv_cancel(server->loop, drain->id);
     tcpsrv_stop(server);
     tcpsrv__abort_all(server);
     tcpsrv__server_settle(server);
@@ -6525,13 +7153,9 @@ static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
 }
 
 /* Waiting reads are looked at again, and those at a message boundary end. */
-static TCPSRV__COLD void tcpsrv__drain_stream(tcpsrv_stream *stream, void *arg) {
-    (void)arg;
-    tcpsrv__make_ready(&stream->source);
-}
-
 TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
     tcpsrv_loop *loop = server->loop;
+    uint32_t i;
     tcpsrv_stop(server);
     if (!loop) return;
     server->owner.draining = 1;
@@ -6539,14 +7163,61 @@ TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
     tcpsrv__refresh_now(loop);
     if (timeout_ms >= 0)
         tcpsrv__timer_arm(loop, &server->drain_timer, loop->now + tcpsrv__ms_to_ns(timeout_ms));
-    tcpsrv_foreach(server, tcpsrv__drain_stream, NULL);
+    for (i = 1; i < loop->slot_count; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        if (stream) tcpsrv__make_ready(&stream->source);
+    }
+    tcpsrv__server_settle(server);
 }
 
 TCPSRV_IMPL int tcpsrv_draining(const tcpsrv *server) {
     return server->owner.draining;
 }
 
+TCPSRV_IMPL int tcpsrv_drain_on_signal(tcpsrv *server, int signo, int64_t timeout_ms) {
+    tcpsrv__drain_signal *drain = (tcpsrv__drain_signal *)tcpsrv__alloc(sizeof *drain);
+    int err = drain ? 0 : -ENOMEM;
+    if (err) return tcpsrv__fail(err, "drain_on_signal", NULL);
+    drain->server = server;
+    drain->signo = signo;
+    drain->timeout_ms = timeout_ms;
+    drain->next = server->drain_signals;
+    server->drain_signals = drain;
+    if (server->loop) err = tcpsrv__drain_signals_claim(server);
+    if (!err) return 0;
+    server->drain_signals = drain->next;
+    tcpsrv__free(drain);
+    return err;
+}
+
 /* ---- making a server ------------------------------------------------------------------------- */
+
+/* Reads the list twice, to count and to keep. The text lies behind the networks. */
+static TCPSRV__COLD int tcpsrv__trusted_parse(tcpsrv *server) {
+    tcpsrv_options *options = &server->owner.options;
+    const char *list = options->trusted;
+    tcpsrv__network network;
+    char text[64];
+    size_t n = 0, i;
+    while (list && tcpsrv__network_next(&list, text)) {
+        if (tcpsrv__network_parse(text, &network) != 0)
+            return tcpsrv__fail(-EINVAL, "trusted network", text);
+        n++;
+    }
+    if (options->proxy_protocol < 0 || options->proxy_protocol > TCPSRV_PROXY_REQUIRED ||
+        (options->proxy_protocol && !n))
+        return tcpsrv__fail(-EINVAL, "new", "proxy_protocol and trusted");
+    if (!n) return 0;
+    server->trusted = (tcpsrv__network *)TCPSERVER_REALLOC(NULL, n * sizeof network +
+                                                           strlen(options->trusted) + 1);
+    if (!server->trusted) return tcpsrv__fail(-ENOMEM, "new", NULL);
+    list = options->trusted;
+    for (i = 0; i < n && tcpsrv__network_next(&list, text); i++)
+        tcpsrv__network_parse(text, &server->trusted[i]);
+    server->trusted_count = n;
+    options->trusted = strcpy((char *)(server->trusted + n), options->trusted);
+    return 0;
+}
 
 TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     tcpsrv *server;
@@ -6561,6 +7232,10 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     }
     server->owner.options = *options;
     tcpsrv__owner_fill(&server->owner);
+    if (tcpsrv__trusted_parse(server) != 0) {
+        tcpsrv__free(server);
+        return NULL;
+    }
     server->owner.gone = tcpsrv__stream_gone;
     server->reserve_fd = -1;
     server->pause_ms = TCPSRV__PAUSE_MS;

@@ -154,6 +154,7 @@ static void options_report_every_default(void) {
     CHECK_INT(full->write_high_water, 65536);
     CHECK_INT(full->read_chunk_size, 65536);
     CHECK_INT(full->close_timeout_ms, 5000);
+    CHECK_INT(full->handshake_timeout_ms, 10000);
     CHECK(full->stack_size >= 65536 && full->max_connections > 0);
     CHECK_INT(full->idle_timeout_ms, 0);
     tcpsrv_free(server);
