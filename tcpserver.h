@@ -390,7 +390,7 @@ TCPSRV_API int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on); /* TCP_NODELAY
 
 TCPSRV_API int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address);
 TCPSRV_API int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address);
-TCPSRV_API int tcpsrv_fd(const tcpsrv_stream *stream); /* the stream's own; -1 when it is closed */
+TCPSRV_API int tcpsrv_fd(const tcpsrv_stream *stream); /* its own; -1: connecting, or closed */
 TCPSRV_API void *tcpsrv_user(const tcpsrv_stream *stream); /* the server's user until it is set */
 TCPSRV_API void tcpsrv_set_user(tcpsrv_stream *stream, void *user);
 TCPSRV_API tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream);
@@ -400,14 +400,23 @@ TCPSRV_API int64_t tcpsrv_id(const tcpsrv_stream *stream);
 TCPSRV_API tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id);
 
 /* A client stream, returned at once and still connecting; its first read, write or flush waits for
-   the connection, and a failure ends them. NULL: -EINVAL, an unusable source address, -ENOMEM... */
+   the connection, and a failure ends them with its code: tcpsrv_last_error then names that step,
+   such as "resolve no.such.host:80: ..." or "connect 192.0.2.1:80: Connection refused". The
+   addresses of a name are tried in the resolver's order, the families in turn, the next when one
+   has failed or after 250 ms; the first that is connected stays, and the failure is the last one's
+   (RFC 8305). A name is looked up by getaddrinfo(3) in a helper thread of the loop (16 at most);
+   numeric addresses need none. A stream that ends before does not wait for its lookup. NULL where
+   it fails at once: -EINVAL, a numeric source or host that cannot be used, -ENOMEM, -EMFILE, ...;
+   for a name -EAGAIN where no thread can be made, -ENOTSUP where the program was linked without
+   threads (-pthread, on glibc before 2.34 and the BSDs). */
 typedef struct tcpsrv_connect_options {
-    const char *host;             /* numeric IPv4 or IPv6 */
+    const char *host;             /* a name, or numeric IPv4 or IPv6 */
     int port;
+    int family;                   /* AF_INET or AF_INET6; 0: both */
     const char *path;             /* instead: a Unix socket; "@name" for an abstract one */
     const char *source_host;      /* numeric; NULL: the system's choice */
     int source_port;
-    int64_t timeout_ms;           /* for the connection; 0: the system's own */
+    int64_t timeout_ms;           /* for lookup and connection as a whole; 0: the system's own */
     int no_nodelay;
     size_t max_buffer_size, max_write_buffer_size, write_high_water;   /* as tcpsrv_options */
 } tcpsrv_connect_options;
@@ -687,6 +696,16 @@ extern int accept4(int, struct sockaddr *, socklen_t *, int);
 #define TCPSRV__HAVE_ACCEPT4 1
 #else
 #define TCPSRV__HAVE_ACCEPT4 0
+#endif
+
+/* Where threads are a library of their own, a program that was linked without it has none: a weak
+   reference is null then. */
+#if (defined(__GLIBC__) && __GLIBC__ == 2 && __GLIBC_MINOR__ < 34) || defined(__FreeBSD__) || \
+    defined(__NetBSD__) || defined(__OpenBSD__) || defined(__DragonFly__)
+#pragma weak pthread_create
+#define TCPSRV__HAVE_THREADS (pthread_create != NULL)
+#else
+#define TCPSRV__HAVE_THREADS 1
 #endif
 
 #ifdef REG_STARTEND
@@ -1702,12 +1721,33 @@ static int tcpsrv__sys_resolve(const char *host, const char *port, const struct 
     return code == 0 ? 0 : TCPSRV_ERESOLVE - (code < 0 ? -code : code);
 }
 
+/* What the resolver says of a name where only a numeric address would do. */
+#define TCPSRV__NOT_NUMERIC (TCPSRV_ERESOLVE - (EAI_NONAME < 0 ? -EAI_NONAME : EAI_NONAME))
+
 static void tcpsrv__sys_resolve_free(struct addrinfo *list) {
     freeaddrinfo(list);
 }
 
 static const char *tcpsrv__sys_resolve_text(int code) {
     return gai_strerror(EAI_NONAME < 0 ? -code : code);
+}
+
+/* A detached thread to which no signal is delivered. */
+static TCPSRV__COLD int tcpsrv__sys_thread(void *(*run)(void *arg), void *arg) {
+    pthread_attr_t attributes;
+    pthread_t thread;
+    sigset_t all, before;
+    int err;
+    if (!TCPSRV__HAVE_THREADS) return -ENOTSUP;
+    err = pthread_attr_init(&attributes);
+    if (err) return -err;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    err = pthread_create(&thread, &attributes, run, arg);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return -err;
 }
 
 #if TCPSRV__LINUX
@@ -2321,6 +2361,7 @@ struct tcpsrv_loop {
     int64_t *ended;             /* ring of coroutines that nobody has joined */
     size_t ended_capacity, ended_first, ended_count;
     tcpsrv__signal_call *signals;
+    struct tcpsrv__helpers *helpers; /* NULL: there was no work for any */
     pthread_mutex_t post_lock;
     tcpsrv__posted *posted_first, *posted_last;
     int post_waking;            /* a wake is on its way; under post_lock */
@@ -2660,12 +2701,9 @@ TCPSRV_IMPL int64_t tcpsrv_on_signal(tcpsrv_loop *loop, int signo, tcpsrv_signal
     return tcpsrv__fail(err, "on_signal", NULL);
 }
 
-TCPSRV_IMPL int tcpsrv_post(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
-    tcpsrv__posted *posted = (tcpsrv__posted *)tcpsrv__alloc(sizeof *posted);
+static TCPSRV__COLD void tcpsrv__post(tcpsrv_loop *loop, tcpsrv__posted *posted) {
     int wake;
-    if (!posted) return tcpsrv__fail(-ENOMEM, "post", NULL);
-    posted->fn = fn;
-    posted->arg = arg;
+    posted->next = NULL;
     pthread_mutex_lock(&loop->post_lock);
     if (loop->posted_last) loop->posted_last->next = posted;
     else loop->posted_first = posted;
@@ -2675,7 +2713,133 @@ TCPSRV_IMPL int tcpsrv_post(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
     /* Under the lock, so that the loop cannot be freed between by a call that was posted. */
     if (wake) tcpsrv__waker_wake(loop->waker.write_fd);
     pthread_mutex_unlock(&loop->post_lock);
+}
+
+TCPSRV_IMPL int tcpsrv_post(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    tcpsrv__posted *posted = (tcpsrv__posted *)tcpsrv__alloc(sizeof *posted);
+    if (!posted) return tcpsrv__fail(-ENOMEM, "post", NULL);
+    posted->fn = fn;
+    posted->arg = arg;
+    tcpsrv__post(loop, posted);
     return 0;
+}
+
+/* ---- work that blocks ------------------------------------------------------------------------ */
+
+/* A job's work runs in a helper thread; then it is posted to the loop as any call, and freed as
+   one. Helpers are made when there is work and end when there is none. What they share belongs to
+   one loop, so that a forked child, which makes a loop of its own, never meets a lock that a thread
+   it does not have held at the fork; it outlives the loop as long as a helper runs, since nobody
+   waits for a call that blocks. */
+
+typedef struct tcpsrv__job tcpsrv__job;
+struct tcpsrv__job {
+    tcpsrv__posted posted;      /* first: freed as it */
+    tcpsrv__job *next;
+    void (*work)(tcpsrv__job *job);
+};
+
+typedef struct tcpsrv__helpers {
+    pthread_mutex_t lock;       /* of all below; taken before a loop's post_lock */
+    tcpsrv_loop *loop;          /* NULL: freed */
+    tcpsrv__job *first, *last;  /* nobody works on them yet */
+    int threads;
+} tcpsrv__helpers;
+
+enum { TCPSRV__MAX_HELPERS = 16 }; /* of one loop */
+
+static TCPSRV__COLD tcpsrv__helpers *tcpsrv__helpers_make(tcpsrv_loop *loop) {
+    tcpsrv__helpers *helpers = loop->helpers;
+    if (helpers) return helpers;
+    helpers = (tcpsrv__helpers *)tcpsrv__alloc(sizeof *helpers);
+    if (helpers && pthread_mutex_init(&helpers->lock, NULL) != 0) {
+        tcpsrv__free(helpers);
+        helpers = NULL;
+    }
+    if (helpers) helpers->loop = loop;
+    loop->helpers = helpers;
+    return helpers;
+}
+
+static void tcpsrv__helpers_free(tcpsrv__helpers *helpers) {
+    pthread_mutex_destroy(&helpers->lock);
+    tcpsrv__free(helpers);
+}
+
+static TCPSRV__COLD tcpsrv__job *tcpsrv__job_take(tcpsrv__helpers *helpers) {
+    tcpsrv__job *job = helpers->first;
+    if (!job) return NULL;
+    helpers->first = job->next;
+    if (!helpers->first) helpers->last = NULL;
+    return job;
+}
+
+static TCPSRV__COLD void *tcpsrv__helper_run(void *arg) {
+    tcpsrv__helpers *helpers = (tcpsrv__helpers *)arg;
+    tcpsrv__job *job;
+    int last;
+    pthread_mutex_lock(&helpers->lock);
+    while ((job = tcpsrv__job_take(helpers)) != NULL) {
+        pthread_mutex_unlock(&helpers->lock);
+        job->work(job);
+        pthread_mutex_lock(&helpers->lock);
+        if (helpers->loop) tcpsrv__post(helpers->loop, &job->posted);
+        else tcpsrv__free(job);
+    }
+    last = --helpers->threads == 0 && !helpers->loop;
+    pthread_mutex_unlock(&helpers->lock);
+    if (last) tcpsrv__helpers_free(helpers);
+    return NULL;
+}
+
+/* 0, or a code, and the job is the caller's still. */
+static TCPSRV__COLD int tcpsrv__job_start(tcpsrv_loop *loop, tcpsrv__job *job) {
+    tcpsrv__helpers *helpers = tcpsrv__helpers_make(loop);
+    int err = 0;
+    if (!helpers) return -ENOMEM;
+    pthread_mutex_lock(&helpers->lock);
+    if (helpers->threads < TCPSRV__MAX_HELPERS) {
+        err = tcpsrv__sys_thread(tcpsrv__helper_run, helpers);
+        if (!err) helpers->threads++;
+    }
+    if (helpers->threads) err = 0; /* one that runs will come to it */
+    if (!err) {
+        job->next = NULL;
+        if (helpers->last) helpers->last->next = job;
+        else helpers->first = job;
+        helpers->last = job;
+    }
+    pthread_mutex_unlock(&helpers->lock);
+    return err;
+}
+
+/* One that nobody works on yet is freed; another is posted as if nothing had happened. */
+static TCPSRV__COLD void tcpsrv__job_cancel(tcpsrv_loop *loop, tcpsrv__job *job) {
+    tcpsrv__helpers *helpers = loop->helpers;
+    tcpsrv__job *at, *before = NULL;
+    pthread_mutex_lock(&helpers->lock);
+    for (at = helpers->first; at && at != job; at = at->next) before = at;
+    if (at) {
+        if (before) before->next = job->next;
+        else helpers->first = job->next;
+        if (helpers->last == job) helpers->last = before;
+    }
+    pthread_mutex_unlock(&helpers->lock);
+    if (at) tcpsrv__free(job);
+}
+
+/* The loop is being freed: what helpers still work on is theirs to free. */
+static TCPSRV__COLD void tcpsrv__helpers_leave(tcpsrv_loop *loop) {
+    tcpsrv__helpers *helpers = loop->helpers;
+    tcpsrv__job *job;
+    int last;
+    if (!helpers) return;
+    pthread_mutex_lock(&helpers->lock);
+    helpers->loop = NULL;
+    while ((job = tcpsrv__job_take(helpers)) != NULL) tcpsrv__free(job);
+    last = helpers->threads == 0;
+    pthread_mutex_unlock(&helpers->lock);
+    if (last) tcpsrv__helpers_free(helpers);
 }
 
 /* ---- the user's timers and watches ----------------------------------------------------------- */
@@ -3870,9 +4034,18 @@ typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
     uint16_t family;
 } tcpsrv__peer_name;
 
+/* A connection in the making, >>sockets: the stream has no descriptor yet. It stays with a stream
+   that died in it, for what it says. */
+typedef struct tcpsrv__making {
+    void (*give_up)(tcpsrv_stream *stream);
+    const char *step;               /* what goes on or has failed, and where */
+    char place[TCPSRV_ADDRESS_TEXT];
+} tcpsrv__making;
+
 /* Made at first use: timeouts and what few streams have. */
 typedef struct tcpsrv__extra {
     tcpsrv_stream *stream;
+    tcpsrv__making *making;
     tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
     uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
     uint64_t handshake_due;
@@ -3941,13 +4114,45 @@ static TCPSRV__NOINLINE void tcpsrv__name_peer(tcpsrv__peer_name *name,
     memcpy(name->ip, address->ip, sizeof name->ip);
 }
 
-/* Records a failure with the peer as its place, by the name copied before a wait: the stream may be
-   gone after it. */
-static TCPSRV__COLD int tcpsrv__fail_at(int code, const char *step, const tcpsrv__peer_name *peer) {
-    tcpsrv__thread_state *thread = tcpsrv__thread();
+/* Where a failure is, copied before a wait: the stream may be gone after it. */
+typedef struct tcpsrv__place {
+    tcpsrv_loop *loop;
+    int64_t id;
+    tcpsrv__peer_name peer;
+} tcpsrv__place;
+
+static tcpsrv__place tcpsrv__place_of(const tcpsrv_stream *stream) {
+    tcpsrv__place place;
+    place.loop = stream->source.loop;
+    place.id = stream->source.id;
+    place.peer = stream->peer;
+    return place;
+}
+
+/* Whether the stream died of this before it was connected: then that is the failure, not what was
+   to be done with it. */
+static TCPSRV__COLD int tcpsrv__fail_making(const tcpsrv_stream *stream, int code) {
+    const tcpsrv__making *making = stream->extra ? stream->extra->making : NULL;
+    if (!making || !stream->dead || stream->error != code || code == TCPSRV_ECLOSED ||
+        code == TCPSRV_ECANCELED)
+        return 0;
+    tcpsrv__fail(code, making->step, making->place);
+    return 1;
+}
+
+/* Records a failure with the peer as its place. */
+static TCPSRV__COLD int tcpsrv__fail_there(int code, const char *step,
+                                           const tcpsrv__place *place) {
+    tcpsrv__source *source = tcpsrv__source_by_id(place->loop, place->id);
+    if (source && tcpsrv__fail_making(tcpsrv__stream_of(source), code)) return code;
     tcpsrv__fail(code, step, NULL);
-    tcpsrv__name_address(peer, &thread->peer);
+    tcpsrv__name_address(&place->peer, &tcpsrv__thread()->peer);
     return code;
+}
+
+static TCPSRV__COLD int tcpsrv__fail_at(int code, const char *step, const tcpsrv_stream *stream) {
+    tcpsrv__place place = tcpsrv__place_of(stream);
+    return tcpsrv__fail_there(code, step, &place);
 }
 
 /* ---- transports ------------------------------------------------------------------------------ */
@@ -4065,6 +4270,7 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     stream->error = code;
     stream->connecting = 0;
     if (unsent) stream->aborting = 1; /* a torn message must not end as if whole */
+    if (stream->extra && stream->extra->making) stream->extra->making->give_up(stream);
     tcpsrv__descriptor_close(stream);
     tcpsrv__queue_drop(stream->source.loop, &stream->out, code ? code : TCPSRV_ECLOSED);
     stream->out.size = unsent;
@@ -4075,7 +4281,10 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
 static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__owner *owner = stream->owner;
-    if (stream->extra) tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
+    if (stream->extra) {
+        tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
+        tcpsrv__free(stream->extra->making);
+    }
     tcpsrv__free(stream->extra);
     stream->extra = NULL; /* a handler may still ask a stream that others have ended */
     if (owner->gone) owner->gone(owner, stream);
@@ -4403,6 +4612,7 @@ static void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes b
         bytes.data = "";
         bytes.size = 0;
         if (stream->dead && fn != tcpsrv__await_done) stream->told = 1;
+        tcpsrv__fail_making(stream, err);
     }
     fn(stream, err, bytes, stream->read_arg);
 }
@@ -4469,7 +4679,7 @@ static TCPSRV__NOINLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
 TCPSRV_HOT int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
                             void *arg) {
     int err = tcpsrv__read_begin(stream, &want, fn, arg);
-    if (err) return tcpsrv__fail_at(err, "read", &stream->peer);
+    if (err) return tcpsrv__fail_at(err, "read", stream);
     if (tcpsrv__read_is_due(stream)) tcpsrv__make_ready(&stream->source);
     return 0;
 }
@@ -4769,6 +4979,7 @@ static TCPSRV__COLD void tcpsrv__run_marks(tcpsrv_stream *stream) {
         stream->extra->marks_first = block->next;
         if (!block->next) stream->extra->marks_last = NULL;
         if (call->result && stream->dead) stream->told = 1;
+        tcpsrv__fail_making(stream, call->result);
         call->fn(stream, call->result, call->arg);
         tcpsrv__free(call);
     }
@@ -4777,11 +4988,11 @@ static TCPSRV__COLD void tcpsrv__run_marks(tcpsrv_stream *stream) {
 TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void *arg) {
     tcpsrv__flush_call *call;
     int err = stream->closing ? TCPSRV_ECLOSED : 0;
-    if (err) return tcpsrv__fail_at(err, "on_flush", &stream->peer);
+    if (err) return tcpsrv__fail_at(err, "on_flush", stream);
     call = (tcpsrv__flush_call *)tcpsrv__alloc(sizeof *call);
     if (!call || !tcpsrv__extra_make(stream)) {
         tcpsrv__free(call);
-        return tcpsrv__fail_at(-ENOMEM, "on_flush", &stream->peer);
+        return tcpsrv__fail_at(-ENOMEM, "on_flush", stream);
     }
     call->block.file = call->block.pool = -1;
     call->block.done = tcpsrv__flush_call_done;
@@ -4799,14 +5010,14 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
 
 TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
     int err = tcpsrv__write_now(stream, data, size);
-    return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
+    return err ? tcpsrv__fail_at(err, "write", stream) : 0;
 }
 
 /* ---- closing --------------------------------------------------------------------------------- */
 
 TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
-    if (err) return tcpsrv__fail_at(err, "shutdown", &stream->peer);
+    if (err) return tcpsrv__fail_at(err, "shutdown", stream);
     stream->shut_wanted = 1;
     tcpsrv__make_flushing(&stream->source);
     return 0;
@@ -4829,7 +5040,7 @@ TCPSRV_IMPL void tcpsrv_abort(tcpsrv_stream *stream) {
 }
 
 TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void *arg) {
-    if (!tcpsrv__extra_make(stream)) return tcpsrv__fail_at(-ENOMEM, "on_close", &stream->peer);
+    if (!tcpsrv__extra_make(stream)) return tcpsrv__fail_at(-ENOMEM, "on_close", stream);
     stream->extra->close_fn = fn;
     stream->extra->close_arg = arg;
     if (stream->dead) tcpsrv__make_ready(&stream->source);
@@ -4897,6 +5108,7 @@ static TCPSRV__COLD void tcpsrv__tell_close(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
     if (!extra || !extra->close_fn || stream->close_told) return;
     stream->close_told = 1;
+    tcpsrv__fail_making(stream, stream->error);
     extra->close_fn(stream, stream->error, stream->out.size, extra->close_arg);
 }
 
@@ -4926,16 +5138,6 @@ static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
 
 /* ---- events ---------------------------------------------------------------------------------- */
 
-static TCPSRV__COLD void tcpsrv__connect_told(tcpsrv_stream *stream) {
-    int err = tcpsrv__socket_error(stream->source.fd);
-    if (!err && !tcpsrv__sys_connected(stream->source.fd)) return; /* not yet */
-    stream->connecting = 0;
-    stream->readable = stream->writable = 1;
-    if (stream->extra) stream->extra->connect_due = 0;
-    if (err) tcpsrv__die(stream, err);
-    tcpsrv__make_ready(&stream->source);
-}
-
 /* An error that no waiting call will meet. What came before it stays readable. */
 static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
     int err;
@@ -4947,10 +5149,6 @@ static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
 static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     if (stream->dead) return;
-    if (stream->connecting) {
-        tcpsrv__connect_told(stream);
-        return;
-    }
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
     if (events & TCPSRV__EVENT_URGENT) stream->deep = 1;
@@ -5018,8 +5216,8 @@ static const tcpsrv__class tcpsrv__stream_class = {
 
 /* ---- making streams -------------------------------------------------------------------------- */
 
-/* Zeroed memory becomes a stream over a connected descriptor, told about from now on. On failure
-   the descriptor stays the caller's. */
+/* Zeroed memory becomes a stream over a connected descriptor, told about from now on, or without
+   one yet (-1). On failure the descriptor stays the caller's. */
 static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop,
                                             tcpsrv__owner *owner,
                                int fd, int directions) {
@@ -5034,7 +5232,8 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
         if (!err) stream->extra->idle_due = loop->now + owner->idle_ns;
         if (!err) err = tcpsrv__alarm_arm(stream);
     }
-    if (!err) err = tcpsrv__poller_add_stream(&loop->poller, fd, stream->source.id, directions);
+    if (!err && fd >= 0)
+        err = tcpsrv__poller_add_stream(&loop->poller, fd, stream->source.id, directions);
     if (err == -EPERM) { /* a regular file: always ready (epoll_ctl(2)) */
         stream->unpolled = 1;
         err = 0;
@@ -5048,6 +5247,18 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
     stream->extra = NULL;
     tcpsrv__slot_release(loop, stream->source.id);
     return err;
+}
+
+/* A connection has been made: the stream is told about its descriptor from now on. */
+static TCPSRV__COLD int tcpsrv__stream_adopt(tcpsrv_stream *stream, int fd) {
+    int directions = TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE;
+    stream->source.fd = fd;
+    stream->connecting = 0;
+    stream->armed = (unsigned char)directions;
+    stream->readable = stream->writable = 1;
+    tcpsrv__make_ready(&stream->source);
+    return tcpsrv__poller_add_stream(&stream->source.loop->poller, fd, stream->source.id,
+                                     directions);
 }
 
 typedef struct tcpsrv__lone {
@@ -5112,18 +5323,23 @@ TCPSRV_IMPL int tcpsrv_writing(const tcpsrv_stream *stream) {
 
 TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
-    if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", &stream->peer);
+    if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
     if (!extra->write_ns) extra->write_due = 0;
     if (stream->out.first && tcpsrv__write_deadline(stream) != 0)
-        return tcpsrv__fail_at(-ENOMEM, "set_timeout", &stream->peer);
+        return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
     return 0;
 }
 
+static int tcpsrv__no_descriptor(const tcpsrv_stream *stream) {
+    return stream->source.fd >= 0 ? 0 : stream->connecting ? -ENOTCONN : TCPSRV_ECLOSED;
+}
+
 TCPSRV_IMPL int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on) {
-    int err = stream->source.fd < 0 ? TCPSRV_ECLOSED : tcpsrv__sys_nodelay(stream->source.fd, on);
-    return err ? tcpsrv__fail_at(err, "set_nodelay", &stream->peer) : 0;
+    int err = tcpsrv__no_descriptor(stream);
+    if (!err) err = tcpsrv__sys_nodelay(stream->source.fd, on);
+    return err ? tcpsrv__fail_at(err, "set_nodelay", stream) : 0;
 }
 
 TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address) {
@@ -5204,7 +5420,7 @@ static int tcpsrv__await_read(tcpsrv_stream *stream, tcpsrv__read_wait *wait) {
 }
 
 TCPSRV_HOT int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
-    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__read_wait wait;
     int err = tcpsrv__may_wait(stream->source.loop);
     if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, &wait);
@@ -5219,7 +5435,7 @@ TCPSRV_HOT int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_byte
         bytes->data = err ? "" : wait.bytes.data;
         bytes->size = err ? 0 : wait.bytes.size;
     }
-    return err ? tcpsrv__fail_at(err, "read", &peer) : 0;
+    return err ? tcpsrv__fail_there(err, "read", &place) : 0;
 }
 
 TCPSRV_HOT int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
@@ -5263,34 +5479,34 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
 }
 
 TCPSRV_HOT int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
-    tcpsrv__peer_name peer;
+    tcpsrv__place place;
     int err;
     if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water)) {
         err = tcpsrv__write(stream, data, size);
-        return err ? tcpsrv__fail_at(err, "write", &stream->peer) : 0;
+        return err ? tcpsrv__fail_at(err, "write", stream) : 0;
     }
-    peer = stream->peer;
+    place = tcpsrv__place_of(stream);
     err = tcpsrv__write(stream, data, size);
-    return err ? tcpsrv__fail_at(err, "write", &peer) : 0;
+    return err ? tcpsrv__fail_there(err, "write", &place) : 0;
 }
 
 /* All pieces as one message: copied together, so that no other writer comes between. */
 TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count) {
     tcpsrv_loop *loop = stream->source.loop;
-    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__block *block;
     size_t size = 0;
     int i, err;
     for (i = 0; i < count; i++) size += pieces[i].size;
     block = tcpsrv__block_take(loop, size);
-    if (!block) return tcpsrv__fail_at(-ENOMEM, "write", &peer);
+    if (!block) return tcpsrv__fail_there(-ENOMEM, "write", &place);
     for (i = 0; i < count; i++) {
         if (pieces[i].size) memcpy(block->data + block->end, pieces[i].data, pieces[i].size);
         block->end += pieces[i].size;
     }
     err = tcpsrv__write(stream, block->data, size);
     tcpsrv__block_give(loop, block);
-    return err ? tcpsrv__fail_at(err, "write", &peer) : 0;
+    return err ? tcpsrv__fail_there(err, "write", &place) : 0;
 }
 
 typedef struct tcpsrv__format {
@@ -5323,7 +5539,7 @@ static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
 }
 
 TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
-    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__format work;
     work.loop = stream->source.loop;
     work.format = format;
@@ -5332,7 +5548,7 @@ TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     va_end(work.arguments);
     if (!work.err) work.err = tcpsrv__write(stream, work.block->data, work.block->end);
     if (work.block) tcpsrv__block_give(work.loop, work.block);
-    return work.err ? tcpsrv__fail_at(work.err, "write", &peer) : 0;
+    return work.err ? tcpsrv__fail_there(work.err, "write", &place) : 0;
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
@@ -5365,7 +5581,7 @@ static TCPSRV__COLD int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int6
 }
 
 TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, size_t size) {
-    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = tcpsrv__may_write(stream);
     if (!err && !size) return 0;
@@ -5378,7 +5594,7 @@ TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, s
     } else if (!err) {
         err = tcpsrv__sendfile_now(stream, fd, offset, size);
     }
-    return err ? tcpsrv__fail_at(err, "sendfile", &peer) : 0;
+    return err ? tcpsrv__fail_there(err, "sendfile", &place) : 0;
 }
 
 static TCPSRV__COLD void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
@@ -5387,7 +5603,7 @@ static TCPSRV__COLD void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
 }
 
 TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
-    tcpsrv__peer_name peer = stream->peer;
+    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
     if (!err) err = tcpsrv__may_wait(stream->source.loop);
@@ -5396,7 +5612,7 @@ TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
         wait.waiter.cancel = tcpsrv__flush_cancel;
         err = tcpsrv__write_waiting(&wait);
     }
-    return err ? tcpsrv__fail_at(err, "flush", &peer) : 0;
+    return err ? tcpsrv__fail_there(err, "flush", &place) : 0;
 }
 
 /* ---- the end of a loop ----------------------------------------------------------------------- */
@@ -5429,6 +5645,7 @@ static void tcpsrv__drop_ready(tcpsrv_loop *loop) {
 }
 
 static void tcpsrv__loop_release(tcpsrv_loop *loop) {
+    tcpsrv__helpers_leave(loop);
     tcpsrv__drop_posted(loop);
     tcpsrv__stack_pool_free(loop);
     tcpsrv__blocks_free(loop);
@@ -5550,17 +5767,46 @@ static int tcpsrv__names_have(const tcpsrv__names *names, const struct addrinfo 
     return 0;
 }
 
-static void tcpsrv__names_add(tcpsrv__names *names, const struct addrinfo *list, int family) {
-    for (; list; list = list->ai_next) {
-        if (list->ai_family != family || names->count == TCPSRV__MAX_ADDRESSES ||
-            list->ai_addrlen > sizeof names->name[0] || tcpsrv__names_have(names, list))
-            continue;
-        memcpy(&names->name[names->count], list->ai_addr, (size_t)list->ai_addrlen);
-        names->size[names->count++] = list->ai_addrlen;
-    }
+static void tcpsrv__names_add(tcpsrv__names *names, const struct addrinfo *info) {
+    if ((info->ai_family != AF_INET && info->ai_family != AF_INET6) ||
+        names->count == TCPSRV__MAX_ADDRESSES || info->ai_addrlen > sizeof names->name[0] ||
+        tcpsrv__names_have(names, info))
+        return;
+    memcpy(&names->name[names->count], info->ai_addr, (size_t)info->ai_addrlen);
+    names->size[names->count++] = info->ai_addrlen;
 }
 
 /* Sorted by family, so that processes that bind the same set meet in the same order. */
+static void tcpsrv__names_sort(tcpsrv__names *names, const struct addrinfo *list) {
+    const struct addrinfo *at;
+    for (at = list; at; at = at->ai_next)
+        if (at->ai_family == AF_INET) tcpsrv__names_add(names, at);
+    for (at = list; at; at = at->ai_next)
+        if (at->ai_family == AF_INET6) tcpsrv__names_add(names, at);
+}
+
+static const struct addrinfo *tcpsrv__next_of(const struct addrinfo *at, int family, int same) {
+    while (at && (at->ai_family == family) != same) at = at->ai_next;
+    return at;
+}
+
+/* The resolver's order, the families in turn, so that one that does not work costs little (RFC
+   8305 4). */
+static void tcpsrv__names_weave(tcpsrv__names *names, const struct addrinfo *list) {
+    int family = list->ai_family;
+    const struct addrinfo *one = list, *other = tcpsrv__next_of(list, family, 0);
+    while (one || other) {
+        if (one) {
+            tcpsrv__names_add(names, one);
+            one = tcpsrv__next_of(one->ai_next, family, 1);
+        }
+        if (other) {
+            tcpsrv__names_add(names, other);
+            other = tcpsrv__next_of(other->ai_next, family, 0);
+        }
+    }
+}
+
 static TCPSRV__COLD void tcpsrv__lookup_errand(void *arg) {
     tcpsrv__lookup *lookup = (tcpsrv__lookup *)arg;
     struct addrinfo hints, *list = NULL;
@@ -5573,8 +5819,8 @@ static TCPSRV__COLD void tcpsrv__lookup_errand(void *arg) {
     lookup->names.count = 0;
     lookup->err = tcpsrv__sys_resolve(lookup->host, port, &hints, &list);
     if (lookup->err) return;
-    tcpsrv__names_add(&lookup->names, list, AF_INET);
-    tcpsrv__names_add(&lookup->names, list, AF_INET6);
+    if (lookup->flags & AI_PASSIVE) tcpsrv__names_sort(&lookup->names, list);
+    else tcpsrv__names_weave(&lookup->names, list);
     tcpsrv__sys_resolve_free(list);
     if (!lookup->names.count) lookup->err = -EAFNOSUPPORT;
 }
@@ -6047,88 +6293,6 @@ TCPSRV_IMPL int tcpsrv_notify(const char *state) {
     return err ? tcpsrv__fail(err, "notify", path) : 0;
 }
 
-/* ---- connecting ------------------------------------------------------------------------------ */
-
-static int tcpsrv__lookup_numeric(tcpsrv__lookup *lookup, const char *host, int port, int family) {
-    memset(lookup, 0, sizeof *lookup);
-    if (!host || port < 0 || port > 65535) return -EINVAL;
-    lookup->host = host;
-    lookup->port = port;
-    lookup->family = family;
-    lookup->flags = AI_NUMERICHOST;
-    return tcpsrv__look_up(lookup);
-}
-
-/* With any port the kernel chooses at connect, where one pair of addresses has 64 K of them, not
-   at bind (IP_BIND_ADDRESS_NO_PORT, ip(7)). */
-static int tcpsrv__bind_source(int fd, tcpsrv__lookup *lookup, int family,
-                               const tcpsrv_connect_options *options) {
-    const char *any = family == AF_INET6 ? "::" : "0.0.0.0";
-    int err;
-    if (!options->source_host && !options->source_port) return 0;
-    err = tcpsrv__lookup_numeric(lookup, options->source_host ? options->source_host : any,
-                                 options->source_port, family);
-    if (!err && !options->source_port && TCPSRV__BIND_NO_PORT >= 0)
-        tcpsrv__sys_option(fd, IPPROTO_IP, TCPSRV__BIND_NO_PORT, 1);
-    if (!err) err = tcpsrv__sys_bind(fd, (const struct sockaddr *)&lookup->names.name[0],
-                                     lookup->names.size[0]);
-    return err ? tcpsrv__fail_host(err, "bind source", options->source_host,
-                                   options->source_port) : 0;
-}
-
-/* Begins a connection. The descriptor, or a code with the failure recorded. */
-static int tcpsrv__connect_begin(const struct sockaddr *name, socklen_t size,
-                                 tcpsrv__lookup *scratch, const tcpsrv_connect_options *options,
-                                 int *in_progress) {
-    char place[TCPSRV_ADDRESS_TEXT];
-    int err, fd = tcpsrv__sys_socket(name->sa_family);
-    if (fd < 0) return tcpsrv__fail(fd, "socket", NULL);
-    err = scratch ? tcpsrv__bind_source(fd, scratch, name->sa_family, options) : 0;
-    if (!err) {
-        err = tcpsrv__sys_connect(fd, name, size);
-        if (err < 0) tcpsrv__fail(err, "connect", tcpsrv__name_text(name, size, place));
-    }
-    *in_progress = err == 1;
-    if (err >= 0) return fd;
-    tcpsrv__sys_close(fd);
-    return err;
-}
-
-static int tcpsrv__connect_unix(const tcpsrv_connect_options *options, tcpsrv_address *address,
-                                int *in_progress) {
-    struct sockaddr_un name;
-    socklen_t size;
-    int err = tcpsrv__unix_name(options->path, &name, &size);
-    if (err) return tcpsrv__fail(err, "connect", options->path);
-    tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
-    return tcpsrv__connect_begin((const struct sockaddr *)&name, size, NULL, options, in_progress);
-}
-
-static int tcpsrv__connect_socket(const tcpsrv_connect_options *options, tcpsrv_address *address,
-                                  int *in_progress) {
-    struct sockaddr_storage name;
-    tcpsrv__lookup *lookup;
-    socklen_t size;
-    int result;
-    if (options->path) return tcpsrv__connect_unix(options, address, in_progress);
-    lookup = (tcpsrv__lookup *)tcpsrv__alloc(sizeof *lookup);
-    if (!lookup) return tcpsrv__fail_host(-ENOMEM, "connect", options->host, options->port);
-    result = options->port > 0
-                 ? tcpsrv__lookup_numeric(lookup, options->host, options->port, AF_UNSPEC)
-                 : -EINVAL;
-    if (result) {
-        tcpsrv__fail_host(result, "connect", options->host, options->port);
-    } else {
-        name = lookup->names.name[0];
-        size = lookup->names.size[0];
-        tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
-        result = tcpsrv__connect_begin((const struct sockaddr *)&name, size, lookup, options,
-                                       in_progress);
-    }
-    tcpsrv__free(lookup);
-    return result;
-}
-
 /* ---- errors in words ------------------------------------------------------------------------- */
 
 typedef struct tcpsrv__code_name {
@@ -6198,31 +6362,6 @@ static void tcpsrv__peer_of(tcpsrv_stream *stream, int fd) {
     tcpsrv__name_peer(&stream->peer, &address);
 }
 
-TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
-                                          const tcpsrv_connect_options *options) {
-    tcpsrv_stream *stream;
-    tcpsrv_address address;
-    int in_progress, fd = tcpsrv__connect_socket(options, &address, &in_progress);
-    if (fd < 0) return NULL;
-    if (!options->no_nodelay && address.family != AF_UNIX) tcpsrv__sys_nodelay(fd, 1);
-    stream = tcpsrv__lone_start(loop, fd, TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE, options);
-    if (!stream) {
-        tcpsrv__sys_close(fd);
-        return NULL;
-    }
-    stream->connecting = in_progress != 0;
-    stream->deep = address.family == AF_UNIX;
-    tcpsrv__name_peer(&stream->peer, &address);
-    if (!in_progress || options->timeout_ms <= 0) return stream;
-    if (tcpsrv__extra_make(stream)) {
-        stream->extra->connect_due = loop->now + tcpsrv__ms_to_ns(options->timeout_ms);
-        if (tcpsrv__alarm_arm(stream) == 0) return stream;
-    }
-    tcpsrv_abort(stream);
-    tcpsrv__fail(-ENOMEM, "connect", NULL);
-    return NULL;
-}
-
 TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
     tcpsrv_stream *stream;
     int is_socket = tcpsrv__sys_is_socket(fd), nonblocking, err;
@@ -6247,11 +6386,371 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
 TCPSRV_IMPL int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address) {
     struct sockaddr_storage name;
     socklen_t size = sizeof name;
-    int err = stream->source.fd < 0 ? TCPSRV_ECLOSED
-                                    : tcpsrv__sys_name(stream->source.fd, &name, &size);
-    if (err) return tcpsrv__fail_at(err, "local", &stream->peer);
+    int err = tcpsrv__no_descriptor(stream);
+    if (!err) err = tcpsrv__sys_name(stream->source.fd, &name, &size);
+    if (err) return tcpsrv__fail_at(err, "local", stream);
     tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
     return 0;
+}
+
+/* ---- connecting ------------------------------------------------------------------------------ */
+
+/* A name's addresses race (RFC 8305): each has its turn when the one before it has failed or had its
+   250 ms, and the first that is connected becomes the stream's. The attempts are sources of their
+   own, so that an event for a loser meets nobody. Names are looked up by a helper thread, since
+   libc has no other way that does not block. */
+
+enum { TCPSRV__ATTEMPT_MS = 250 }; /* the Connection Attempt Delay of RFC 8305 5 */
+
+typedef struct tcpsrv__attempt {
+    tcpsrv__source source;
+    struct tcpsrv__attempt *next;   /* of the same race */
+    tcpsrv_stream *stream;
+    int index;                      /* of its name */
+} tcpsrv__attempt;
+
+typedef struct tcpsrv__lookup_job {
+    tcpsrv__job job;                /* first: freed as it */
+    tcpsrv_loop *loop;
+    int64_t stream_id;
+    tcpsrv__lookup lookup;          /* its host is a copy behind this */
+} tcpsrv__lookup_job;
+
+typedef struct tcpsrv__race {
+    tcpsrv__making making;          /* first: freed as it */
+    tcpsrv_stream *stream;
+    tcpsrv__lookup_job *job;        /* NULL: the names are known */
+    tcpsrv__attempt *attempts;      /* under way */
+    tcpsrv__timer timer;            /* the next one's turn */
+    int next;                       /* the first name whose turn has not come */
+    int no_nodelay;
+    struct sockaddr_storage source_name;
+    socklen_t source_size;          /* 0: none */
+    int source_port;                /* of a source without an address */
+    tcpsrv__names names;
+} tcpsrv__race;
+
+static tcpsrv__race *tcpsrv__race_of(const tcpsrv_stream *stream) {
+    return TCPSRV__CONTAINER(tcpsrv__race, making, stream->extra->making);
+}
+
+static void tcpsrv__race_says(tcpsrv__race *race, const char *step, const char *host, int port) {
+    race->making.step = step;
+    snprintf(race->making.place, sizeof race->making.place, "%s:%d", host && *host ? host : "*",
+             port);
+}
+
+static int tcpsrv__fail_race(int code, const tcpsrv__race *race) {
+    return tcpsrv__fail(code, race->making.step, race->making.place);
+}
+
+/* Takes it out of the race; its descriptor is the caller's. */
+static TCPSRV__COLD int tcpsrv__attempt_end(tcpsrv__attempt *attempt) {
+    tcpsrv__attempt **at = &tcpsrv__race_of(attempt->stream)->attempts;
+    while (*at != attempt) at = &(*at)->next;
+    *at = attempt->next;
+    tcpsrv__poller_remove(&attempt->source.loop->poller, attempt->source.fd);
+    tcpsrv__source_end(&attempt->source);
+    return attempt->source.fd;
+}
+
+static TCPSRV__COLD void tcpsrv__attempt_drop(tcpsrv__source *source) {
+    tcpsrv__sys_close(tcpsrv__attempt_end(TCPSRV__CONTAINER(tcpsrv__attempt, source, source)));
+}
+
+static TCPSRV__COLD void tcpsrv__attempt_destroy(tcpsrv__source *source) {
+    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__attempt, source, source));
+}
+
+static TCPSRV__COLD void tcpsrv__race_give_up(tcpsrv_stream *stream) {
+    tcpsrv__race *race = tcpsrv__race_of(stream);
+    tcpsrv__timer_cancel(stream->source.loop, &race->timer);
+    if (race->job) tcpsrv__job_cancel(stream->source.loop, &race->job->job);
+    race->job = NULL;
+    while (race->attempts) tcpsrv__attempt_drop(&race->attempts->source);
+}
+
+static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int index) {
+    tcpsrv__race *race = tcpsrv__race_of(stream);
+    tcpsrv_address address;
+    int err;
+    tcpsrv__race_give_up(stream);
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
+                                  race->names.size[index]);
+    tcpsrv__name_peer(&stream->peer, &address);
+    stream->deep = address.family == AF_UNIX;
+    stream->extra->connect_due = 0;
+    err = tcpsrv__stream_adopt(stream, fd);
+    if (err) tcpsrv__die(stream, err);
+    stream->extra->making = NULL;
+    tcpsrv__free(race);
+}
+
+/* With any port the kernel chooses at connect, where one pair of addresses has 64 K of them, not
+   at bind (IP_BIND_ADDRESS_NO_PORT, ip(7)). */
+static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int family) {
+    struct sockaddr_storage name = race->source_name;
+    socklen_t size = race->source_size;
+    char place[TCPSRV_ADDRESS_TEXT];
+    if (!size && !race->source_port) return 0;
+    if (!size) {
+        memset(&name, 0, sizeof name);
+        name.ss_family = (sa_family_t)family;
+        size = family == AF_INET6 ? (socklen_t)sizeof(struct sockaddr_in6)
+                                  : (socklen_t)sizeof(struct sockaddr_in);
+    }
+    tcpsrv__set_port(&name, race->source_port);
+    tcpsrv__name_text((const struct sockaddr *)&name, size, place);
+    race->making.step = "bind source";
+    memcpy(race->making.place, place, sizeof place);
+    if (!race->source_port && TCPSRV__BIND_NO_PORT >= 0)
+        tcpsrv__sys_option(fd, IPPROTO_IP, TCPSRV__BIND_NO_PORT, 1);
+    return tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
+}
+
+/* 1: connected at once; 0: under way; or a code. */
+static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int index) {
+    const struct sockaddr *name = (const struct sockaddr *)&race->names.name[index];
+    int err = 0;
+    if (name->sa_family != AF_UNIX) {
+        if (!race->no_nodelay) tcpsrv__sys_nodelay(fd, 1);
+        err = tcpsrv__bind_source(race, fd, name->sa_family);
+    }
+    if (err) return err;
+    race->making.step = "connect";
+    tcpsrv__name_text(name, race->names.size[index], race->making.place);
+    err = tcpsrv__sys_connect(fd, name, race->names.size[index]);
+    return err < 0 ? err : !err;
+}
+
+static void tcpsrv__attempt_event(tcpsrv__source *source, int events);
+
+static const tcpsrv__class tcpsrv__attempt_class = {
+    tcpsrv__attempt_event, NULL, NULL, NULL, tcpsrv__attempt_drop, tcpsrv__attempt_destroy
+};
+
+/* 0, and the loop tells of it; or a code, and the descriptor is the caller's still. */
+static TCPSRV__COLD int tcpsrv__attempt_watch(tcpsrv__race *race, int fd, int index) {
+    tcpsrv__attempt *attempt = (tcpsrv__attempt *)tcpsrv__alloc(sizeof *attempt);
+    tcpsrv_loop *loop = race->stream->source.loop;
+    int err = attempt ? 0 : -ENOMEM;
+    if (!err) err = tcpsrv__source_init(&attempt->source, &tcpsrv__attempt_class, loop, fd);
+    if (err) {
+        tcpsrv__free(attempt);
+        return err;
+    }
+    attempt->stream = race->stream;
+    attempt->index = index;
+    attempt->next = race->attempts;
+    race->attempts = attempt;
+    err = tcpsrv__poller_add_stream(&loop->poller, fd, attempt->source.id,
+                                    TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE);
+    if (err) tcpsrv__attempt_end(attempt);
+    return err;
+}
+
+/* 0: under way, or the race is won already; or a code. */
+static TCPSRV__COLD int tcpsrv__attempt_begin(tcpsrv__race *race, int index) {
+    tcpsrv_address address;
+    int err, fd = tcpsrv__sys_socket(race->names.name[index].ss_family);
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
+                                  race->names.size[index]);
+    tcpsrv__name_peer(&race->stream->peer, &address);
+    race->making.step = "socket";
+    tcpsrv_address_text(&address, race->making.place, sizeof race->making.place);
+    if (fd < 0) return fd;
+    err = tcpsrv__attempt_connect(race, fd, index);
+    if (err > 0) {
+        tcpsrv__race_won(race->stream, fd, index);
+        return 0;
+    }
+    if (!err) err = tcpsrv__attempt_watch(race, fd, index);
+    if (err) tcpsrv__sys_close(fd);
+    return err;
+}
+
+/* The next addresses have their turn, until one is under way. Without memory for the timer the one
+   behind it waits for its failure. Gives err, or the last address's failure, when all have failed;
+   the race is gone when it was won at once. */
+static TCPSRV__COLD int tcpsrv__race_on(tcpsrv__race *race, int err) {
+    tcpsrv_stream *stream = race->stream;
+    tcpsrv_loop *loop = stream->source.loop;
+    int begun = 0;
+    tcpsrv__timer_cancel(loop, &race->timer);
+    while (!begun && race->next < race->names.count) {
+        err = tcpsrv__attempt_begin(race, race->next++);
+        begun = !err;
+        if (!stream->connecting) return 0;
+    }
+    if (race->next < race->names.count)
+        tcpsrv__timer_arm(loop, &race->timer, loop->now + tcpsrv__ms_to_ns(TCPSRV__ATTEMPT_MS));
+    return race->attempts ? 0 : err;
+}
+
+static TCPSRV__COLD void tcpsrv__race_timer(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv__race *race = TCPSRV__CONTAINER(tcpsrv__race, timer, timer);
+    tcpsrv_stream *stream = race->stream;
+    int err = tcpsrv__race_on(race, 0);
+    (void)loop;
+    if (err) tcpsrv__die(stream, err);
+}
+
+static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int events) {
+    tcpsrv__attempt *attempt = TCPSRV__CONTAINER(tcpsrv__attempt, source, source);
+    tcpsrv_stream *stream = attempt->stream;
+    tcpsrv__race *race = tcpsrv__race_of(stream);
+    int index = attempt->index, err = tcpsrv__socket_error(source->fd);
+    (void)events;
+    if (!err && !tcpsrv__sys_connected(source->fd)) return; /* not yet */
+    if (!err) {
+        tcpsrv__race_won(stream, tcpsrv__attempt_end(attempt), index);
+        return;
+    }
+    race->making.step = "connect";
+    tcpsrv__name_text((const struct sockaddr *)&race->names.name[index], race->names.size[index],
+                      race->making.place);
+    tcpsrv__attempt_drop(source);
+    err = tcpsrv__race_on(race, err);
+    if (err) tcpsrv__die(stream, err);
+}
+
+/* ---- what to connect to ---------------------------------------------------------------------- */
+
+static TCPSRV__COLD void tcpsrv__lookup_work(tcpsrv__job *job) {
+    tcpsrv__lookup_errand(&TCPSRV__CONTAINER(tcpsrv__lookup_job, job, job)->lookup);
+}
+
+/* The stream may have ended meanwhile. */
+static TCPSRV__COLD void tcpsrv__looked_up(void *arg) {
+    tcpsrv__lookup_job *job = (tcpsrv__lookup_job *)arg;
+    tcpsrv__source *source = tcpsrv__source_by_id(job->loop, job->stream_id);
+    tcpsrv_stream *stream = source ? tcpsrv__stream_of(source) : NULL;
+    tcpsrv__race *race;
+    int err = job->lookup.err;
+    if (!stream || stream->dead) return;
+    race = tcpsrv__race_of(stream);
+    race->job = NULL;
+    race->names = job->lookup.names;
+    if (!err) err = tcpsrv__race_on(race, 0);
+    if (err) tcpsrv__die(stream, err);
+}
+
+static TCPSRV__COLD int tcpsrv__look_up_later(tcpsrv__race *race, const tcpsrv__lookup *lookup) {
+    size_t length = strlen(lookup->host) + 1;
+    tcpsrv__lookup_job *job = (tcpsrv__lookup_job *)tcpsrv__alloc(sizeof *job + length);
+    int err;
+    if (!job) return -ENOMEM;
+    job->lookup.port = lookup->port;
+    job->lookup.family = lookup->family;
+    job->lookup.host = (const char *)memcpy(job + 1, lookup->host, length);
+    job->loop = race->stream->source.loop;
+    job->stream_id = race->stream->source.id;
+    job->job.work = tcpsrv__lookup_work;
+    job->job.posted.fn = tcpsrv__looked_up;
+    job->job.posted.arg = job;
+    err = tcpsrv__job_start(job->loop, &job->job);
+    if (err) tcpsrv__free(job);
+    else race->job = job;
+    return err;
+}
+
+/* A source's family is the only one that can be reached from it. */
+static TCPSRV__COLD int tcpsrv__find_source(tcpsrv__race *race, tcpsrv__lookup *lookup,
+                                            const tcpsrv_connect_options *options) {
+    int err;
+    race->source_port = options->source_port;
+    if (!options->source_host) return 0;
+    lookup->host = options->source_host;
+    lookup->port = options->source_port;
+    tcpsrv__race_says(race, "bind source", lookup->host, lookup->port);
+    err = tcpsrv__look_up(lookup);
+    if (err) return err;
+    race->source_name = lookup->names.name[0];
+    race->source_size = lookup->names.size[0];
+    lookup->family = race->source_name.ss_family;
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__find_names(tcpsrv__race *race, tcpsrv__lookup *lookup,
+                                           const tcpsrv_connect_options *options) {
+    int err;
+    lookup->family = options->family;
+    lookup->flags = AI_NUMERICHOST;
+    err = tcpsrv__find_source(race, lookup, options);
+    if (err) return err;
+    lookup->host = options->host;
+    lookup->port = options->port;
+    tcpsrv__race_says(race, "connect", options->host, options->port);
+    err = tcpsrv__look_up(lookup);
+    race->names = lookup->names;
+    if (err != TCPSRV__NOT_NUMERIC) return err;
+    race->making.step = "resolve";
+    return tcpsrv__look_up_later(race, lookup);
+}
+
+static TCPSRV__COLD int tcpsrv__find_path(tcpsrv__race *race, const char *path) {
+    struct sockaddr_un name;
+    int err = tcpsrv__unix_name(path, &name, &race->names.size[0]);
+    race->making.step = "connect";
+    snprintf(race->making.place, sizeof race->making.place, "unix:%s", path);
+    memcpy(&race->names.name[0], &name, sizeof name);
+    race->names.count = 1;
+    return err;
+}
+
+static TCPSRV__COLD int tcpsrv__find_all(tcpsrv__race *race,
+                                         const tcpsrv_connect_options *options) {
+    tcpsrv__lookup *lookup;
+    int err;
+    if (options->path) return tcpsrv__find_path(race, options->path);
+    tcpsrv__race_says(race, "connect", options->host, options->port);
+    if (!options->host || !*options->host || options->port <= 0 || options->port > 65535 ||
+        options->source_port < 0 || options->source_port > 65535)
+        return -EINVAL;
+    lookup = (tcpsrv__lookup *)tcpsrv__alloc(sizeof *lookup);
+    if (!lookup) return -ENOMEM;
+    err = tcpsrv__find_names(race, lookup, options);
+    tcpsrv__free(lookup);
+    return err;
+}
+
+/* The deadline is there before anything begins, so that nothing outlives it. */
+static TCPSRV__COLD int tcpsrv__race_begin(tcpsrv__race *race,
+                                           const tcpsrv_connect_options *options) {
+    tcpsrv_stream *stream = race->stream;
+    int err;
+    stream->connecting = 1;
+    stream->readable = stream->writable = 0;
+    stream->extra->making = &race->making;
+    race->making.give_up = tcpsrv__race_give_up;
+    race->timer.fire = tcpsrv__race_timer;
+    race->no_nodelay = options->no_nodelay;
+    if (options->timeout_ms > 0)
+        stream->extra->connect_due = stream->source.loop->now +
+                                     tcpsrv__ms_to_ns(options->timeout_ms);
+    err = tcpsrv__alarm_arm(stream);
+    if (!err) err = tcpsrv__find_all(race, options);
+    return err || race->job ? err : tcpsrv__race_on(race, 0);
+}
+
+TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
+                                          const tcpsrv_connect_options *options) {
+    tcpsrv_stream *stream = tcpsrv__lone_start(loop, -1, 0, options);
+    tcpsrv__race *race;
+    int err;
+    if (!stream) return NULL;
+    race = tcpsrv__extra_make(stream) ? (tcpsrv__race *)tcpsrv__alloc(sizeof *race) : NULL;
+    if (!race) {
+        tcpsrv_abort(stream);
+        tcpsrv__fail(-ENOMEM, "connect", NULL);
+        return NULL;
+    }
+    race->stream = stream;
+    err = tcpsrv__race_begin(race, options);
+    if (!err) return stream;
+    tcpsrv__fail_race(err, race);
+    tcpsrv_abort(stream);
+    return NULL;
 }
 
 /* ==== >>server ================================================================================ */
