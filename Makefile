@@ -42,11 +42,11 @@ $(BUILD)/examples/%: examples/%.c tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)/examples
 	$(COMPILE) $< -o $@
 
-$(BUILD)/test_%: tests/test_%.c tests/test.h tests/support.h tcpserver.h $(BUILD)/flags
+$(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) tcpserver.h $(BUILD)/flags
 	@rm -f $@
 	$(COMPILE) -pthread $< -o $@
 
-$(BUILD)/poll/test_%: tests/test_%.c tests/test.h tests/support.h tcpserver.h $(BUILD)/flags
+$(BUILD)/poll/test_%: tests/test_%.c $(wildcard tests/*.h) tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)/poll
 	@rm -f $@
 	$(COMPILE) -DTCPSERVER_USE_POLL -pthread $< -o $@

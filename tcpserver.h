@@ -5793,7 +5793,7 @@ static const struct addrinfo *tcpsrv__next_of(const struct addrinfo *at, int fam
 /* The resolver's order, the families in turn, so that one that does not work costs little (RFC
    8305 4). */
 static void tcpsrv__names_weave(tcpsrv__names *names, const struct addrinfo *list) {
-    int family = list->ai_family;
+    int family = list ? list->ai_family : 0;
     const struct addrinfo *one = list, *other = tcpsrv__next_of(list, family, 0);
     while (one || other) {
         if (one) {
@@ -6395,10 +6395,12 @@ TCPSRV_IMPL int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *addres
 
 /* ---- connecting ------------------------------------------------------------------------------ */
 
-/* A name's addresses race (RFC 8305): each has its turn when the one before it has failed or had its
-   250 ms, and the first that is connected becomes the stream's. The attempts are sources of their
-   own, so that an event for a loser meets nobody. Names are looked up by a helper thread, since
-   libc has no other way that does not block. */
+/* A name's addresses race (RFC 8305): each has its turn when the one before it has failed or had
+   its 250 ms, and the first that is connected becomes the stream's. The attempts are sources of
+   their own, so that an event for a loser meets nobody. Names are looked up by a helper thread: all
+   that /etc and the C library's plugins know of names is known to getaddrinfo(3) alone, which
+   blocks; a forked helper would cost a copy of the address space and a child that the program did
+   not ask for. */
 
 enum { TCPSRV__ATTEMPT_MS = 250 }; /* the Connection Attempt Delay of RFC 8305 5 */
 
