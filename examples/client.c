@@ -5,7 +5,7 @@
  *     printf 'hello\n' | ./client 127.0.0.1 8888
  *
  * client HOST PORT: sends its input, ends its sending side, and prints the answers to the last.
- * The host is a numeric address.
+ * The host may be a name: its addresses race, and the first that answers is taken.
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
