@@ -455,7 +455,8 @@ typedef struct tcpsrv_options {
     int no_nodelay;               /* 1: leave Nagle's algorithm on (RFC 896) */
     int proxy_protocol;           /* see below; TCPSRV_PROXY_OFF */
     const char *trusted;          /* who may send PROXY headers: "10.0.0.0/8, fd00::/8, unix" */
-    tcpsrv_drained_fn *on_drained; /* NULL: stop the loop */
+    int reload_on_hup;            /* 1: SIGHUP to the parent of workers replaces them, see there */
+    tcpsrv_drained_fn *on_drained; /* NULL: stop the loop, with the last server of it to drain */
 } tcpsrv_options;
 
 /* max_connections_per_ip: a connection from an address that has so many already is closed right
@@ -580,11 +581,27 @@ TCPSRV_API int tcpsrv_notify(const char *state);
    number, from 0 on. The parent supervises and exits: 0 when all have ended with 0, 1 after giving
    up. A child that crashes or exits otherwise is restarted with the same number after a growing
    pause (0 to 30 s), at most max_restarts times in all (negative: 100); then the others are ended
-   and the parent gives up. The parent handles SIGTERM and SIGINT (the children get SIGTERM, once)
-   and SIGCHLD, waits for its own children only, and restores dispositions in each child; children
-   ignore SIGINT and end when their parent is gone. TCPSRV_EBUSY where this thread has a loop
-   already or is such a child; -EAGAIN, -ENOMEM from fork(2), with no child left behind. */
+   and the parent gives up. The parent handles SIGTERM and SIGINT (the children get SIGTERM, once;
+   at a second one those that are left are killed) and SIGCHLD, waits for its own children only, and
+   restores dispositions in each child; children ignore SIGINT and end when their parent is gone.
+   Where the program has no handler of its own for SIGUSR1, the parent logs at that a line for each
+   child. TCPSRV_EBUSY where this thread has a loop already or is such a child; -EAGAIN, -ENOMEM
+   from fork(2), with no child left behind.
+
+   If a server that was made before has reload_on_hup, the parent also handles SIGHUP, and children
+   ignore it. It then replaces the children, one after another: forks the new one, which begins
+   where this call returns, waits until a loop with a server turns in it, and sends the old one
+   SIGTERM, at which it should drain. What is read after the fork is read anew; what was before, and
+   the program itself, stays. Where a new one ends, or does not serve within 30 s, the reload is
+   given up with a log line, and those not yet replaced stay. SIGHUP during a reload: one more when
+   it is over. */
 TCPSRV_API int tcpsrv_fork_processes(int num_processes, int max_restarts);
+
+/* The counters of that child's servers (of the first loop that got one), as they were at the end of
+   its last turn, in *stats; returns its pid. In any process of the family: in a child, about all;
+   in the parent, from another thread or a signal handler. -ENOENT where there is no such number,
+   -ESRCH while it waits for its restart or has ended for good. Never waits. */
+TCPSRV_API int tcpsrv_worker_stats(int task_id, tcpsrv_stats *stats);
 
 TCPSRV_API int tcpsrv_task_id(void);   /* this child's number; -1 elsewhere */
 TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at least 1 */
@@ -1237,9 +1254,13 @@ static pthread_mutex_t tcpsrv__signal_lock = PTHREAD_MUTEX_INITIALIZER;
 #if defined(__GNUC__) && !defined(__TINYC__)
 #define TCPSRV__STORE(mark, value) __atomic_store_n(mark, value, __ATOMIC_SEQ_CST)
 #define TCPSRV__LOAD(mark) __atomic_load_n(mark, __ATOMIC_SEQ_CST)
+#define TCPSRV__STORE_WORD(word, value) __atomic_store_n(word, value, __ATOMIC_RELEASE)
+#define TCPSRV__LOAD_WORD(word) __atomic_load_n(word, __ATOMIC_ACQUIRE)
 #else
 #define TCPSRV__STORE(mark, value) (*(mark) = (value))
 #define TCPSRV__LOAD(mark) (*(mark))
+#define TCPSRV__STORE_WORD(word, value) (*(volatile size_t *)(word) = (value))
+#define TCPSRV__LOAD_WORD(word) (*(volatile size_t *)(word))
 #endif
 
 static void tcpsrv__signal_handler(int signo) {
@@ -1800,12 +1821,16 @@ static int tcpsrv__sys_pipe(int fds[2]) {
     return err;
 }
 
-static void tcpsrv__sys_wait_readable(int fd, int timeout_ms) {
-    struct pollfd entry;
-    entry.fd = fd;
-    entry.events = POLLIN;
-    entry.revents = 0;
-    poll(&entry, 1, timeout_ms);
+/* Waits for any of some descriptors; -1 stands for none. */
+static void tcpsrv__sys_wait_readable(const int *fds, int count, int timeout_ms) {
+    struct pollfd entries[4];
+    int i;
+    for (i = 0; i < count; i++) {
+        entries[i].fd = fds[i];
+        entries[i].events = POLLIN;
+        entries[i].revents = 0;
+    }
+    poll(entries, (nfds_t)count, timeout_ms);
 }
 
 static long tcpsrv__sys_parent_pid(void) {
@@ -1813,21 +1838,37 @@ static long tcpsrv__sys_parent_pid(void) {
 }
 
 /* The signals of a parent, held while a child is made of it. */
-static void tcpsrv__sys_hold_signals(int hold) {
+static void tcpsrv__sys_hold_signals(const int *signals, int count, int hold) {
     sigset_t set;
+    int i;
     sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGCHLD);
+    for (i = 0; i < count; i++) sigaddset(&set, signals[i]);
     pthread_sigmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-static void tcpsrv__sys_ignore_interrupt(void) {
+static void tcpsrv__sys_ignore_signal(int signo) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
     sigemptyset(&action.sa_mask);
     action.sa_handler = SIG_IGN;
-    sigaction(SIGINT, &action, NULL);
+    sigaction(signo, &action, NULL);
+}
+
+/* Whether nobody handles or ignores it. */
+static int tcpsrv__sys_signal_is_free(int signo) {
+    struct sigaction action;
+    return sigaction(signo, NULL, &action) == 0 && !(action.sa_flags & SA_SIGINFO) &&
+           action.sa_handler == SIG_DFL;
+}
+
+/* Zeroed memory that this process and its children have in common; NULL: none. */
+static void *tcpsrv__sys_map_shared(size_t size) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static void tcpsrv__sys_unmap_shared(void *memory, size_t size) {
+    munmap(memory, size);
 }
 
 static void tcpsrv__sys_exit(int status) {
@@ -1864,6 +1905,20 @@ static int tcpsrv__sys_tell(const struct sockaddr *name, socklen_t size, const c
 /* What a child of tcpsrv_fork_processes knows of itself; -1 elsewhere. */
 static int tcpsrv__own_task_id = -1;
 static int tcpsrv__lifeline = -1; /* reads the end when the parent is gone */
+static int tcpsrv__ready_fd = -1; /* where a replacement says that it serves */
+
+/* One for each number, in memory that the whole family shares. The process whose pid is there
+   writes its counters between two steps of the sequence, odd while it does; each word is stored
+   after and loaded before the sequence, so that a reader knows a torn copy. */
+typedef struct tcpsrv__worker {
+    size_t pid, sequence;
+    size_t words[sizeof(tcpsrv_stats) / sizeof(size_t)];
+} tcpsrv__worker;
+
+static tcpsrv__worker *tcpsrv__workers;
+static int tcpsrv__worker_count;
+static int tcpsrv__worker_told;   /* one loop of the process tells its counters */
+static int tcpsrv__reload_wanted; /* by a server, before the fork */
 
 /* ==== >>poller ================================================================================ */
 
@@ -2353,6 +2408,8 @@ struct tcpsrv_loop {
     uint64_t timer_sequence;
     int running, stopping, ending;
     int64_t parent_watch;       /* of a forked child, >>server */
+    tcpsrv *servers;            /* those that run here */
+    void (*turn_end)(const tcpsrv_loop *loop);  /* of a forked child: makes its counters known */
     long pid;
     char *scratch;              /* receive memory that spills are cut from, >>stream */
     tcpsrv__block *pool[TCPSRV__CLASSES];
@@ -3035,6 +3092,7 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__run_ready(loop);
     tcpsrv__destroy_gone(loop);
     tcpsrv__slots_recycle(loop);
+    if (loop->turn_end) loop->turn_end(loop);
     thread->turning = NULL;
     return n < 0 ? n : 0;
 }
@@ -6807,6 +6865,7 @@ struct tcpsrv {
     tcpsrv__source source;
     tcpsrv__owner owner;            /* streams know their server by it */
     tcpsrv_loop *loop;              /* NULL: not started, or the loop was freed */
+    tcpsrv *next;                   /* of the loop's servers */
     tcpsrv__listener *listeners;
     int *bound;                     /* sockets that wait for start */
     int bound_count;
@@ -6891,6 +6950,12 @@ static void tcpsrv__server_release(tcpsrv *server) {
     tcpsrv__free(server);
 }
 
+static TCPSRV__COLD void tcpsrv__server_unlink(tcpsrv *server) {
+    tcpsrv **at = &server->loop->servers;
+    while (*at && *at != server) at = &(*at)->next;
+    if (*at) *at = server->next;
+}
+
 /* Gone once it was freed, and nothing of it runs or is open any more. */
 static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
@@ -6899,6 +6964,7 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     if (server->freed && loop) {
         tcpsrv__timer_cancel(loop, &server->pause_timer);
         tcpsrv__timer_cancel(loop, &server->drain_timer);
+        tcpsrv__server_unlink(server);
         tcpsrv__source_end(&server->source);
     } else if (server->freed) {
         tcpsrv__server_release(server);
@@ -6914,6 +6980,7 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv__timer_cancel(source->loop, &server->pause_timer);
     tcpsrv__timer_cancel(source->loop, &server->drain_timer);
     tcpsrv__slot_release(source->loop, source->id);
+    tcpsrv__server_unlink(server);
     server->loop = NULL;
     for (drain = server->drain_signals; drain; drain = drain->next) drain->id = 0;
     tcpsrv__server_settle(server);
@@ -7471,10 +7538,63 @@ static TCPSRV__COLD void tcpsrv__parent_gone(int fd, int events, void *arg) {
     tcpsrv__sys_kill(tcpsrv__sys_pid(), SIGTERM);
 }
 
-static void tcpsrv__watch_parent(tcpsrv_loop *loop) {
+/* A replacement serves: its loop turns. The parent may have lost its patience before. */
+static TCPSRV__COLD void tcpsrv__say_ready(void *arg) {
+    struct iovec byte;
+    (void)arg;
+    if (tcpsrv__ready_fd < 0) return;
+    byte.iov_base = &tcpsrv__ready_fd;
+    byte.iov_len = 1;
+    tcpsrv__sys_writev(tcpsrv__ready_fd, &byte, 1);
+    tcpsrv__sys_close(tcpsrv__ready_fd);
+    tcpsrv__ready_fd = -1;
+}
+
+static void tcpsrv__worker_write(tcpsrv__worker *worker, const tcpsrv_stats *stats) {
+    size_t words[sizeof worker->words / sizeof(size_t)], i, sequence = worker->sequence | 1;
+    memcpy(words, stats, sizeof words);
+    TCPSRV__STORE_WORD(&worker->sequence, sequence);
+    for (i = 0; i < sizeof words / sizeof(size_t); i++)
+        TCPSRV__STORE_WORD(&worker->words[i], words[i]);
+    TCPSRV__STORE_WORD(&worker->sequence, sequence + 1);
+}
+
+/* All that follows active counts in 64 bits. */
+static TCPSRV__COLD void tcpsrv__stats_add(tcpsrv_stats *sum, const tcpsrv_stats *more) {
+    uint64_t a[(sizeof *sum - offsetof(tcpsrv_stats, accepted)) / sizeof(uint64_t)];
+    uint64_t b[sizeof a / sizeof(uint64_t)];
+    size_t i;
+    memcpy(a, &sum->accepted, sizeof a);
+    memcpy(b, &more->accepted, sizeof b);
+    for (i = 0; i < sizeof a / sizeof(uint64_t); i++) a[i] += b[i];
+    memcpy(&sum->accepted, a, sizeof a);
+    sum->active += more->active;
+}
+
+/* At the end of a turn: what the counters are, unless the number has gone to another process. */
+static void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
+    tcpsrv__worker *worker = &tcpsrv__workers[tcpsrv__own_task_id];
+    const tcpsrv *server = loop->servers;
+    tcpsrv_stats sum;
+    if (!server || TCPSRV__LOAD_WORD(&worker->pid) != (size_t)loop->pid) return;
+    if (!server->next) {
+        tcpsrv__worker_write(worker, &server->owner.stats);
+        return;
+    }
+    memset(&sum, 0, sizeof sum);
+    for (; server; server = server->next) tcpsrv__stats_add(&sum, &server->owner.stats);
+    tcpsrv__worker_write(worker, &sum);
+}
+
+/* What a forked child's first loop does for the family. */
+static void tcpsrv__join_family(tcpsrv_loop *loop) {
     if (tcpsrv__lifeline < 0 || loop->parent_watch > 0) return;
     loop->parent_watch = tcpsrv_watch_fd(loop, tcpsrv__lifeline, TCPSRV_READ,
                                          tcpsrv__parent_gone, loop);
+    if (!tcpsrv__worker_told) loop->turn_end = tcpsrv__worker_tell;
+    tcpsrv__worker_told = 1;
+    if (tcpsrv__ready_fd >= 0 && tcpsrv_call_soon(loop, tcpsrv__say_ready, NULL) < 0)
+        tcpsrv__say_ready(NULL);
 }
 
 /* A signal that ends the server, the second one at once. */
@@ -7515,8 +7635,10 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     err = tcpsrv__timer_reserve(loop, 2);
     if (!err) err = tcpsrv__source_init(&server->source, &tcpsrv__server_class, loop, -1);
     if (err) return err;
-    tcpsrv__watch_parent(loop);
+    tcpsrv__join_family(loop);
     server->loop = loop;
+    server->next = loop->servers;
+    loop->servers = server;
     tcpsrv__timer_arm(loop, &server->pause_timer, TCPSRV__NEVER);
     tcpsrv__timer_arm(loop, &server->drain_timer, TCPSRV__NEVER);
     if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
@@ -7569,11 +7691,13 @@ TCPSRV_IMPL int tcpsrv_bind(tcpsrv *server, int port, const char *address,
     return 0;
 }
 
+static int tcpsrv__fork_family(int num_processes, int max_restarts, const tcpsrv_options *options);
+
 TCPSRV_IMPL int tcpsrv_start(tcpsrv *server, int num_processes) {
     int err = 0, n;
     if (server->started) return tcpsrv__fail(TCPSRV_EBUSY, "start", NULL);
     if (num_processes != 1) {
-        err = tcpsrv_fork_processes(num_processes, -1);
+        err = tcpsrv__fork_family(num_processes, -1, &server->owner.options);
         if (err < 0) return err;
     }
     n = server->bound_count;
@@ -7638,6 +7762,13 @@ TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
     tcpsrv__server_settle(server);
 }
 
+/* The last of the loop's servers that drains is the one that stops it. */
+static TCPSRV__COLD int tcpsrv__others_drain(const tcpsrv_loop *loop) {
+    const tcpsrv *server = loop->servers;
+    while (server && (!server->owner.draining || server->drained_told)) server = server->next;
+    return server != NULL;
+}
+
 static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
     tcpsrv_drained_fn *fn = server->owner.options.on_drained;
@@ -7649,7 +7780,7 @@ static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     } else if (!server->drained_told) {
         server->drained_told = 1;
         if (fn) fn(server, server->owner.options.user);
-        else tcpsrv_loop_stop(loop);
+        else if (!tcpsrv__others_drain(loop)) tcpsrv_loop_stop(loop);
     }
 }
 
@@ -7732,6 +7863,7 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
         return NULL;
     }
     server->owner.options = *options;
+    if (options->reload_on_hup) TCPSRV__STORE(&tcpsrv__reload_wanted, 1);
     tcpsrv__owner_fill(&server->owner);
     if (tcpsrv__trusted_parse(server) != 0) {
         tcpsrv__free(server);
@@ -7765,33 +7897,58 @@ TCPSRV_IMPL void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats) {
 
 /* ==== >>process =============================================================================== */
 
-/* Owns the children of tcpsrv_fork_processes. The parent has no loop: it sleeps until a signal or
-   the end of a child's pause, and every wake-up looks at all children, so that no signal can be
-   missed. */
+/* Owns the children of tcpsrv_fork_processes. The parent has no loop: it sleeps until a signal, a
+   replacement's byte or the end of a pause, and every wake-up looks at all children, so that no
+   signal can be missed. A child that is replaced goes on as a leaver until it has ended; only its
+   pid is remembered, so that it can be collected. */
 
 enum {
     TCPSRV__MAX_RESTARTS = 100,
     TCPSRV__RESTART_MS = 50,
     TCPSRV__RESTART_MAX_MS = 30000,
     TCPSRV__SETTLED_MS = 10000,     /* a child that lived so long is no crash loop */
-    TCPSRV__GIVE_UP_MS = 10000      /* for the others to end when the parent gives up */
+    TCPSRV__GIVE_UP_MS = 10000,     /* for the others to end when the parent gives up */
+    TCPSRV__FAMILY_SIGNALS = 5
 };
+
+static int tcpsrv__ready_ms = 30000; /* for a new process to begin to serve */
 
 typedef struct tcpsrv__child {
     long pid;                       /* 0: not running */
     int ended;                      /* for good */
+    int restarts;
     int64_t pause_ms;               /* before the next restart */
     uint64_t started, restart_at;
 } tcpsrv__child;
 
+typedef struct tcpsrv__leaver {
+    struct tcpsrv__leaver *next;
+    long pid;
+    int task_id;
+} tcpsrv__leaver;
+
+typedef struct tcpsrv__reload {
+    int task_id;                    /* whose process is replaced now; -1: no reload */
+    int again;                      /* told meanwhile: once more, from the first on */
+    long pid;                       /* of the replacement that does not serve yet; 0: none */
+    int ready_fd;                   /* where it says that it does; -1: none */
+    uint64_t due;
+    tcpsrv__leaver *room;           /* for the one that is replaced, who must not be lost */
+} tcpsrv__reload;
+
 typedef struct tcpsrv__family {
     tcpsrv__child *children;
-    int count, restarts_left;
+    int count, restarts, restarts_left;
     int ending, gave_up, killed;
     uint64_t kill_at;
     int lifeline[2];                /* nobody writes: children see the end of it with the parent */
     tcpsrv__waker waker;
     long pid;
+    int signals[TCPSRV__FAMILY_SIGNALS], signal_count;
+    tcpsrv_log_fn *log;
+    void *log_user;
+    tcpsrv__reload reload;
+    tcpsrv__leaver *leavers;
 } tcpsrv__family;
 
 TCPSRV_IMPL int tcpsrv_task_id(void) {
@@ -7803,69 +7960,200 @@ TCPSRV_IMPL int tcpsrv_cpu_count(void) {
     return count > 0 ? count : 1;
 }
 
-static void tcpsrv__family_log(int level, const char *what, int task_id, int status) {
-    char line[160];
-    int killed = WIFSIGNALED(status);
-    snprintf(line, sizeof line, "child %d %s: %s %d", task_id, what,
-             killed ? "killed by signal" : "exit status",
-             killed ? WTERMSIG(status) : WEXITSTATUS(status));
-    tcpsrv__log_default(level, line);
+/* ---- counters -------------------------------------------------------------------------------- */
+
+/* A process that was ended in the middle of telling leaves the sequence odd: not for ever. */
+TCPSRV_IMPL int tcpsrv_worker_stats(int task_id, tcpsrv_stats *stats) {
+    tcpsrv__worker *workers = TCPSRV__LOAD(&tcpsrv__workers), *worker;
+    size_t words[sizeof workers->words / sizeof(size_t)], pid, sequence, i;
+    int tries = 1000;
+    if (!workers || task_id < 0 || task_id >= tcpsrv__worker_count)
+        return tcpsrv__fail(-ENOENT, "worker_stats", NULL);
+    worker = &workers[task_id];
+    do {
+        sequence = TCPSRV__LOAD_WORD(&worker->sequence);
+        pid = TCPSRV__LOAD_WORD(&worker->pid);
+        for (i = 0; i < sizeof words / sizeof(size_t); i++)
+            words[i] = TCPSRV__LOAD_WORD(&worker->words[i]);
+    } while ((sequence % 2 || sequence != TCPSRV__LOAD_WORD(&worker->sequence)) && --tries);
+    memcpy(stats, words, sizeof *stats);
+    return pid ? (int)pid : tcpsrv__fail(-ESRCH, "worker_stats", NULL);
 }
 
-static int tcpsrv__family_signals(tcpsrv__family *family) {
-    static const int signals[] = { SIGTERM, SIGINT, SIGCHLD };
-    int i, err = 0;
-    for (i = 0; i < 3 && !err; i++)
-        err = tcpsrv__sys_catch_signal(signals[i], family->waker.write_fd);
-    while (err && --i > 0) tcpsrv__sys_restore_signal(signals[i - 1]);
+static void tcpsrv__worker_begin(int task_id) {
+    tcpsrv__worker *worker = &tcpsrv__workers[task_id];
+    tcpsrv_stats none;
+    memset(&none, 0, sizeof none);
+    TCPSRV__STORE_WORD(&worker->pid, (size_t)tcpsrv__sys_pid());
+    tcpsrv__worker_write(worker, &none);
+}
+
+static void tcpsrv__workers_unmap(void) {
+    tcpsrv__sys_unmap_shared(tcpsrv__workers,
+                             (size_t)tcpsrv__worker_count * sizeof *tcpsrv__workers);
+    TCPSRV__STORE(&tcpsrv__workers, NULL);
+}
+
+static int tcpsrv__workers_map(int count) {
+    void *memory = tcpsrv__sys_map_shared((size_t)count * sizeof *tcpsrv__workers);
+    if (!memory) return -ENOMEM;
+    tcpsrv__worker_count = count;
+    TCPSRV__STORE(&tcpsrv__workers, (tcpsrv__worker *)memory);
+    return 0;
+}
+
+/* ---- what the parent says -------------------------------------------------------------------- */
+
+static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
+                                            const char *format, ...) TCPSRV_PRINTF(3, 4);
+
+static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
+                                            const char *format, ...) {
+    char line[320];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    if (family->log) family->log(level, line, family->log_user);
+    else tcpsrv__log_default(level, line);
+}
+
+enum { TCPSRV__STATUS_TEXT = 40 };
+
+static const char *tcpsrv__status_text(int status, char *text) {
+    int killed = WIFSIGNALED(status);
+    snprintf(text, TCPSRV__STATUS_TEXT, "%s %d", killed ? "killed by signal" : "exit status",
+             killed ? WTERMSIG(status) : WEXITSTATUS(status));
+    return text;
+}
+
+static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
+    uint64_t now = tcpsrv__clock_ns();
+    tcpsrv_stats stats;
+    int i;
+    for (i = 0; i < family->count; i++) {
+        const tcpsrv__child *child = &family->children[i];
+        int pid = tcpsrv_worker_stats(i, &stats);
+        if (pid < 0) {
+            tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d: not running, %d restarts", i,
+                               child->restarts);
+            continue;
+        }
+        tcpsrv__family_log(family, TCPSRV_LOG_WARNING,
+                           "child %d: pid %d for %llu s, %d restarts, %llu active of %llu accepted,"
+                           " %llu bytes read, %llu written", i, pid,
+                           (unsigned long long)(now - child->started) / 1000000000u,
+                           child->restarts, (unsigned long long)stats.active,
+                           (unsigned long long)stats.accepted,
+                           (unsigned long long)stats.bytes_read,
+                           (unsigned long long)stats.bytes_written);
+    }
+}
+
+/* ---- signals --------------------------------------------------------------------------------- */
+
+static void tcpsrv__family_release(tcpsrv__family *family) {
+    while (family->signal_count > 0)
+        tcpsrv__sys_restore_signal(family->signals[--family->signal_count]);
+}
+
+static int tcpsrv__family_catch(tcpsrv__family *family, int signo) {
+    int err = tcpsrv__sys_catch_signal(signo, family->waker.write_fd);
+    if (!err) family->signals[family->signal_count++] = signo;
     return err;
 }
 
+/* SIGUSR1 only where the program has no use of its own for it. */
+static int tcpsrv__family_signals(tcpsrv__family *family) {
+    int err = tcpsrv__family_catch(family, SIGTERM);
+    if (!err) err = tcpsrv__family_catch(family, SIGINT);
+    if (!err) err = tcpsrv__family_catch(family, SIGCHLD);
+    if (!err && TCPSRV__LOAD(&tcpsrv__reload_wanted)) err = tcpsrv__family_catch(family, SIGHUP);
+    if (!err && tcpsrv__sys_signal_is_free(SIGUSR1)) err = tcpsrv__family_catch(family, SIGUSR1);
+    if (err) tcpsrv__family_release(family);
+    return err;
+}
+
+static int tcpsrv__family_told(const tcpsrv__family *family, int signo) {
+    int i;
+    for (i = 0; i < family->signal_count; i++)
+        if (family->signals[i] == signo) return tcpsrv__signal_take(signo);
+    return 0;
+}
+
+static void tcpsrv__family_hold(const tcpsrv__family *family, int hold) {
+    tcpsrv__sys_hold_signals(family->signals, family->signal_count, hold);
+}
+
+/* ---- the family's own life ------------------------------------------------------------------- */
+
+static void tcpsrv__family_free(tcpsrv__family *family) {
+    while (family->leavers) {
+        tcpsrv__leaver *leaver = family->leavers;
+        family->leavers = leaver->next;
+        tcpsrv__free(leaver);
+    }
+    tcpsrv__free(family->reload.room);
+    tcpsrv__free(family->children);
+    tcpsrv__free(family);
+}
+
+/* All but the lifeline's end that children read. */
 static void tcpsrv__family_restore(tcpsrv__family *family) {
-    tcpsrv__sys_restore_signal(SIGTERM);
-    tcpsrv__sys_restore_signal(SIGINT);
-    tcpsrv__sys_restore_signal(SIGCHLD);
+    tcpsrv__family_release(family);
     tcpsrv__waker_close(&family->waker);
     tcpsrv__sys_close(family->lifeline[1]);
+    if (family->reload.ready_fd >= 0) tcpsrv__sys_close(family->reload.ready_fd);
 }
 
 /* In the child: as if nothing had been done to the process, but for the number, the lifeline, and
-   SIGINT, which a terminal sends to all and the parent hands on as SIGTERM. */
-static int tcpsrv__child_begin(tcpsrv__family *family, int task_id) {
+   the signals that a terminal sends to all and the parent hands on as SIGTERM or heeds. */
+static void tcpsrv__child_begin(tcpsrv__family *family, int task_id, int ready_fd) {
     long parent = family->pid;
+    int signals[TCPSRV__FAMILY_SIGNALS], count = family->signal_count;
+    memcpy(signals, family->signals, sizeof signals);
     tcpsrv__family_restore(family);
-    tcpsrv__sys_ignore_interrupt();
+    tcpsrv__sys_ignore_signal(SIGINT);
+    if (TCPSRV__LOAD(&tcpsrv__reload_wanted)) tcpsrv__sys_ignore_signal(SIGHUP);
     tcpsrv__lifeline = family->lifeline[0];
+    tcpsrv__ready_fd = ready_fd;
     tcpsrv__own_task_id = task_id;
+    tcpsrv__worker_begin(task_id);
     tcpsrv__sys_die_with_parent();
-    tcpsrv__free(family->children);
-    tcpsrv__free(family);
-    tcpsrv__sys_hold_signals(0);
+    tcpsrv__family_free(family);
+    tcpsrv__sys_hold_signals(signals, count, 0);
     if (tcpsrv__sys_parent_pid() != parent) tcpsrv__sys_kill(tcpsrv__sys_pid(), SIGTERM);
-    return task_id;
 }
 
-/* 1 in the child; 0, or a code, in the parent. Signals are held meanwhile: one that comes to the
-   child before its dispositions are its own must not meet the parent's handler. */
-static int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
+/* 0 in the child; the pid, or a code, in the parent. Signals are held meanwhile: one that comes to
+   the child before its dispositions are its own must not meet the parent's handler. */
+static long tcpsrv__child_fork(tcpsrv__family *family, int task_id, int ready_fd) {
     long pid;
-    tcpsrv__sys_hold_signals(1);
+    tcpsrv__family_hold(family, 1);
     pid = tcpsrv__sys_fork();
-    if (pid == 0) {
-        tcpsrv__child_begin(family, task_id);
-        return 1;
-    }
-    tcpsrv__sys_hold_signals(0);
-    if (pid < 0) return (int)pid;
+    if (pid == 0) tcpsrv__child_begin(family, task_id, ready_fd);
+    else tcpsrv__family_hold(family, 0);
+    return pid;
+}
+
+/* 1 in the child; 0, or a code, in the parent. */
+static int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
+    long pid = tcpsrv__child_fork(family, task_id, -1);
+    if (pid <= 0) return pid == 0 ? 1 : (int)pid;
     family->children[task_id].pid = pid;
     family->children[task_id].started = tcpsrv__clock_ns();
     return 0;
 }
 
 static void tcpsrv__family_kill(tcpsrv__family *family, int signo) {
+    const tcpsrv__leaver *leaver;
     int i;
     for (i = 0; i < family->count; i++)
         if (family->children[i].pid) tcpsrv__sys_kill(family->children[i].pid, signo);
+    if (family->reload.pid) tcpsrv__sys_kill(family->reload.pid, signo);
+    if (signo != SIGKILL) return; /* leavers had their SIGTERM */
+    for (leaver = family->leavers; leaver; leaver = leaver->next)
+        tcpsrv__sys_kill(leaver->pid, signo);
 }
 
 /* No more restarts; the running ones get SIGTERM once. */
@@ -7877,43 +8165,59 @@ static void tcpsrv__family_end(tcpsrv__family *family) {
     tcpsrv__family_kill(family, SIGTERM);
 }
 
-static void tcpsrv__give_up(tcpsrv__family *family) {
-    tcpsrv__log_default(TCPSRV_LOG_ERROR, "too many restarts: giving up");
+static int tcpsrv__family_alive(const tcpsrv__family *family) {
+    int i, alive = family->leavers != NULL || family->reload.pid != 0;
+    for (i = 0; i < family->count; i++) alive += !family->children[i].ended;
+    return alive;
+}
+
+/* ---- the end of a child, and its restart ----------------------------------------------------- */
+
+static void tcpsrv__give_up(tcpsrv__family *family, int task_id, const char *how, int restarts) {
+    tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
+                       "child %d crashed: %s: giving up after %d restarts, %d of them its own",
+                       task_id, how, restarts, family->children[task_id].restarts);
     family->gave_up = 1;
     family->kill_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(TCPSRV__GIVE_UP_MS);
     tcpsrv__family_end(family);
 }
 
-static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status) {
+static void tcpsrv__child_crashed(tcpsrv__family *family, int task_id, const char *how) {
     tcpsrv__child *child = &family->children[task_id];
     uint64_t now = tcpsrv__clock_ns();
-    int orderly = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    child->pid = 0;
-    if (orderly || family->ending) {
-        child->ended = 1;
-        tcpsrv__family_log(TCPSRV_LOG_INFO, "ended", task_id, status);
+    if (family->restarts_left == 0) {
+        tcpsrv__give_up(family, task_id, how, family->restarts);
         return;
     }
-    if (family->restarts_left-- == 0) {
-        tcpsrv__family_log(TCPSRV_LOG_WARNING, "crashed", task_id, status);
-        child->ended = 1;
-        tcpsrv__give_up(family);
-        return;
-    }
-    tcpsrv__family_log(TCPSRV_LOG_WARNING, "restarts", task_id, status);
+    family->restarts_left--;
+    family->restarts++;
+    child->restarts++;
     if (now - child->started > tcpsrv__ms_to_ns(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
+    tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d crashed: %s: restart %d in %d ms",
+                       task_id, how, child->restarts, (int)child->pause_ms);
     child->restart_at = now + tcpsrv__ms_to_ns(child->pause_ms);
     child->pause_ms *= 2;
     if (!child->pause_ms) child->pause_ms = TCPSRV__RESTART_MS;
     if (child->pause_ms > TCPSRV__RESTART_MAX_MS) child->pause_ms = TCPSRV__RESTART_MAX_MS;
 }
 
-static void tcpsrv__family_reap(tcpsrv__family *family) {
-    int i, status;
-    for (i = 0; i < family->count; i++) {
-        status = 0;
-        if (family->children[i].pid && tcpsrv__sys_reap(family->children[i].pid, &status, 0))
-            tcpsrv__child_ended(family, i, status);
+static int tcpsrv__is_replaced(const tcpsrv__family *family, int task_id) {
+    return family->reload.pid && family->reload.task_id == task_id;
+}
+
+static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status) {
+    tcpsrv__child *child = &family->children[task_id];
+    char how[TCPSRV__STATUS_TEXT];
+    tcpsrv__status_text(status, how);
+    child->pid = 0;
+    if (status == 0 || family->ending) {
+        child->ended = 1;
+        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "child %d ended: %s", task_id, how);
+    } else if (tcpsrv__is_replaced(family, task_id)) {
+        tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d crashed: %s: replaced already",
+                           task_id, how);
+    } else {
+        tcpsrv__child_crashed(family, task_id, how);
     }
 }
 
@@ -7922,7 +8226,8 @@ static int tcpsrv__family_restart(tcpsrv__family *family) {
     int i, err;
     for (i = 0; i < family->count; i++) {
         tcpsrv__child *child = &family->children[i];
-        if (child->pid || child->ended || child->restart_at > tcpsrv__clock_ns()) continue;
+        if (child->pid || child->ended || tcpsrv__is_replaced(family, i)) continue;
+        if (child->restart_at > tcpsrv__clock_ns()) continue;
         err = tcpsrv__child_start(family, i);
         if (err == 1) return 1;
         if (err < 0) child->restart_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(1000);
@@ -7930,48 +8235,202 @@ static int tcpsrv__family_restart(tcpsrv__family *family) {
     return 0;
 }
 
+/* ---- reload ---------------------------------------------------------------------------------- */
+
+/* The replacement is the child from now on, or is none; the next one's turn, or the end. */
+static void tcpsrv__reload_clear(tcpsrv__family *family, int next) {
+    tcpsrv__reload *reload = &family->reload;
+    if (reload->ready_fd >= 0) tcpsrv__sys_close(reload->ready_fd);
+    tcpsrv__free(reload->room);
+    reload->room = NULL;
+    reload->ready_fd = -1;
+    reload->pid = 0;
+    reload->task_id = next;
+    if (next >= 0 && next < family->count) return;
+    if (next >= 0) tcpsrv__family_log(family, TCPSRV_LOG_INFO, "reload: done");
+    reload->task_id = reload->again ? 0 : -1;
+    reload->again = 0;
+}
+
+static void tcpsrv__add_leaver(tcpsrv__family *family, long pid) {
+    tcpsrv__leaver *leaver = family->reload.room;
+    family->reload.room = NULL;
+    leaver->pid = pid;
+    leaver->task_id = family->reload.task_id;
+    leaver->next = family->leavers;
+    family->leavers = leaver;
+    tcpsrv__sys_kill(pid, SIGTERM);
+}
+
+static void tcpsrv__reload_failed(tcpsrv__family *family, const char *why) {
+    int task_id = family->reload.task_id;
+    TCPSRV__STORE_WORD(&tcpsrv__workers[task_id].pid, (size_t)family->children[task_id].pid);
+    tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
+                       "reload: the new child %d does not serve: %s: those not yet replaced stay",
+                       task_id, why);
+    tcpsrv__reload_clear(family, -1);
+}
+
+/* The one that serves takes over, the old one is told to end. */
+static void tcpsrv__reload_served(tcpsrv__family *family) {
+    tcpsrv__child *child = &family->children[family->reload.task_id];
+    if (child->pid) tcpsrv__add_leaver(family, child->pid);
+    child->pid = family->reload.pid;
+    child->ended = 0;
+    child->pause_ms = 0;
+    child->started = tcpsrv__clock_ns();
+    tcpsrv__reload_clear(family, family->reload.task_id + 1);
+}
+
+/* A replacement has ended before it served. Where the old one has crashed meanwhile, the number is
+   without a process, and restarted as after any crash. */
+static void tcpsrv__replacement_ended(tcpsrv__family *family, int status) {
+    int task_id = family->reload.task_id;
+    char how[TCPSRV__STATUS_TEXT];
+    tcpsrv__status_text(status, how);
+    if (family->ending) {
+        tcpsrv__reload_clear(family, -1);
+        return;
+    }
+    tcpsrv__reload_failed(family, how);
+    if (!family->children[task_id].pid && !family->children[task_id].ended)
+        tcpsrv__child_crashed(family, task_id, how);
+}
+
+static void tcpsrv__reload_watch(tcpsrv__family *family) {
+    tcpsrv__reload *reload = &family->reload;
+    struct iovec piece;
+    char byte;
+    long n = -EAGAIN;
+    piece.iov_base = &byte;
+    piece.iov_len = 1;
+    if (reload->ready_fd >= 0) n = tcpsrv__sys_readv(reload->ready_fd, &piece, 1);
+    if (n == 0) {
+        tcpsrv__sys_close(reload->ready_fd); /* it ends; how will be known when it is collected */
+        reload->ready_fd = -1;
+    }
+    if (n == 1) {
+        tcpsrv__reload_served(family);
+    } else if (tcpsrv__clock_ns() >= reload->due) {
+        tcpsrv__add_leaver(family, reload->pid);
+        tcpsrv__reload_failed(family, "time is over");
+    }
+}
+
+/* Starts the replacement of the child whose turn it is. 1 in it. */
+static int tcpsrv__reload_start(tcpsrv__family *family) {
+    tcpsrv__reload *reload = &family->reload;
+    int ends[2], err;
+    long pid;
+    reload->room = (tcpsrv__leaver *)tcpsrv__alloc(sizeof *reload->room);
+    err = reload->room ? tcpsrv__sys_pipe(ends) : -ENOMEM;
+    if (!err) {
+        reload->ready_fd = ends[0];
+        pid = tcpsrv__child_fork(family, reload->task_id, ends[1]);
+        if (pid == 0) return 1;
+        tcpsrv__sys_close(ends[1]);
+        if (pid > 0) reload->pid = pid;
+        else err = (int)pid;
+    }
+    if (err) tcpsrv__reload_failed(family, tcpsrv_strerror(err));
+    else reload->due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(tcpsrv__ready_ms);
+    return 0;
+}
+
+/* One that waits for its restart gets it at once: it may have waited for what the reload brings.
+   1 in a child. */
+static int tcpsrv__family_reload(tcpsrv__family *family) {
+    tcpsrv__reload *reload = &family->reload;
+    if (family->ending) return 0;
+    if (reload->pid) tcpsrv__reload_watch(family);
+    while (reload->task_id >= 0 && !reload->pid) {
+        tcpsrv__child *child = &family->children[reload->task_id];
+        if (child->pid) {
+            if (tcpsrv__reload_start(family)) return 1;
+        } else {
+            child->restart_at = 0;
+            tcpsrv__reload_clear(family, reload->task_id + 1);
+        }
+    }
+    return 0;
+}
+
+/* ---- supervising ----------------------------------------------------------------------------- */
+
+static int tcpsrv__reaped(long pid, int *status) {
+    *status = 0;
+    return pid && tcpsrv__sys_reap(pid, status, 0);
+}
+
+static void tcpsrv__family_reap(tcpsrv__family *family) {
+    tcpsrv__leaver **at = &family->leavers, *leaver;
+    char how[TCPSRV__STATUS_TEXT];
+    int i, status;
+    for (i = 0; i < family->count; i++) {
+        long pid = family->children[i].pid;
+        if (!tcpsrv__reaped(pid, &status)) continue;
+        if (TCPSRV__LOAD_WORD(&tcpsrv__workers[i].pid) == (size_t)pid)
+            TCPSRV__STORE_WORD(&tcpsrv__workers[i].pid, 0);
+        tcpsrv__child_ended(family, i, status);
+    }
+    if (tcpsrv__reaped(family->reload.pid, &status)) tcpsrv__replacement_ended(family, status);
+    while ((leaver = *at) != NULL) {
+        if (!tcpsrv__reaped(leaver->pid, &status)) {
+            at = &leaver->next;
+            continue;
+        }
+        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "child %d that was replaced ended: %s",
+                           leaver->task_id, tcpsrv__status_text(status, how));
+        *at = leaver->next;
+        tcpsrv__free(leaver);
+    }
+}
+
 static int tcpsrv__family_timeout(const tcpsrv__family *family) {
     uint64_t now = tcpsrv__clock_ns(), due = family->killed ? 0 : family->kill_at;
     int i;
+    if (family->reload.pid && !family->ending) due = tcpsrv__earlier(due, family->reload.due);
     for (i = 0; i < family->count; i++)
-        if (!family->children[i].pid && !family->children[i].ended)
+        if (!family->children[i].pid && !family->children[i].ended &&
+            !tcpsrv__is_replaced(family, i))
             due = tcpsrv__earlier(due, family->children[i].restart_at);
     if (!due) return -1;
     return due <= now ? 0 : (int)((due - now) / 1000000u) + 1;
 }
 
-static int tcpsrv__family_alive(const tcpsrv__family *family) {
-    int i, alive = 0;
-    for (i = 0; i < family->count; i++) alive += !family->children[i].ended;
-    return alive;
-}
-
 static void tcpsrv__family_obey(tcpsrv__family *family) {
-    int told = tcpsrv__signal_take(SIGTERM);
-    told = tcpsrv__signal_take(SIGINT) || told;
+    int told = tcpsrv__family_told(family, SIGTERM);
+    told = tcpsrv__family_told(family, SIGINT) || told;
     if (told && !family->ending) tcpsrv__family_end(family);
     else if (told) tcpsrv__family_kill(family, SIGKILL);
     if (family->kill_at && !family->killed && tcpsrv__clock_ns() >= family->kill_at) {
         family->killed = 1;
         tcpsrv__family_kill(family, SIGKILL);
     }
+    if (tcpsrv__family_told(family, SIGHUP)) {
+        if (family->reload.task_id < 0) family->reload.task_id = 0;
+        else family->reload.again = 1;
+    }
+    if (tcpsrv__family_told(family, SIGUSR1)) tcpsrv__family_dump(family);
 }
 
 /* Returns in children that were restarted; the parent exits. */
 static int tcpsrv__supervise(tcpsrv__family *family) {
-    int status;
+    int status, fds[2];
     while (tcpsrv__family_alive(family)) {
-        tcpsrv__sys_wait_readable(family->waker.read_fd, tcpsrv__family_timeout(family));
+        fds[0] = family->waker.read_fd;
+        fds[1] = family->reload.ready_fd;
+        tcpsrv__sys_wait_readable(fds, 2, tcpsrv__family_timeout(family));
         tcpsrv__waker_drain(&family->waker);
         tcpsrv__family_obey(family);
         tcpsrv__family_reap(family);
+        if (tcpsrv__family_reload(family)) return tcpsrv__own_task_id;
         if (tcpsrv__family_restart(family)) return tcpsrv__own_task_id;
     }
     status = family->gave_up;
     tcpsrv__family_restore(family);
     tcpsrv__sys_close(family->lifeline[0]);
-    tcpsrv__free(family->children);
-    tcpsrv__free(family);
+    tcpsrv__family_free(family);
     tcpsrv__sys_exit(status);
     return -1;
 }
@@ -7984,9 +8443,12 @@ static tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
     if (!family->children) goto fail;
     family->count = count;
     family->restarts_left = restarts;
+    family->reload.task_id = family->reload.ready_fd = -1;
     family->pid = tcpsrv__sys_pid();
-    *err = tcpsrv__sys_pipe(family->lifeline);
+    *err = tcpsrv__workers_map(count);
     if (*err) goto fail;
+    *err = tcpsrv__sys_pipe(family->lifeline);
+    if (*err) goto fail_map;
     *err = tcpsrv__waker_open(&family->waker);
     if (*err) goto fail_pipe;
     *err = tcpsrv__family_signals(family);
@@ -7995,9 +8457,10 @@ static tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
 fail_pipe:
     tcpsrv__sys_close(family->lifeline[0]);
     tcpsrv__sys_close(family->lifeline[1]);
+fail_map:
+    tcpsrv__workers_unmap();
 fail:
-    tcpsrv__free(family->children);
-    tcpsrv__free(family);
+    tcpsrv__family_free(family);
     return NULL;
 }
 
@@ -8009,11 +8472,11 @@ static void tcpsrv__family_undo(tcpsrv__family *family) {
         if (family->children[i].pid) tcpsrv__sys_reap(family->children[i].pid, &status, 1);
     tcpsrv__family_restore(family);
     tcpsrv__sys_close(family->lifeline[0]);
-    tcpsrv__free(family->children);
-    tcpsrv__free(family);
+    tcpsrv__workers_unmap();
+    tcpsrv__family_free(family);
 }
 
-TCPSRV_IMPL int tcpsrv_fork_processes(int num_processes, int max_restarts) {
+static int tcpsrv__fork_family(int num_processes, int max_restarts, const tcpsrv_options *options) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     tcpsrv__family *family;
     int i, err = 0;
@@ -8023,6 +8486,8 @@ TCPSRV_IMPL int tcpsrv_fork_processes(int num_processes, int max_restarts) {
     if (max_restarts < 0) max_restarts = TCPSRV__MAX_RESTARTS;
     family = tcpsrv__family_new(num_processes, max_restarts, &err);
     if (!family) return tcpsrv__fail(err, "fork_processes", NULL);
+    family->log = options ? options->log : NULL;
+    family->log_user = options ? options->user : NULL;
     for (i = 0; i < num_processes && !err; i++) {
         err = tcpsrv__child_start(family, i);
         if (err == 1) return tcpsrv__own_task_id;
@@ -8030,6 +8495,10 @@ TCPSRV_IMPL int tcpsrv_fork_processes(int num_processes, int max_restarts) {
     if (!err) return tcpsrv__supervise(family);
     tcpsrv__family_undo(family);
     return tcpsrv__fail(err, "fork", NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_fork_processes(int num_processes, int max_restarts) {
+    return tcpsrv__fork_family(num_processes, max_restarts, NULL);
 }
 
 #ifdef __cplusplus

@@ -1,13 +1,18 @@
 /* Forked workers and their parent. The parent exits by itself, so that each test makes a process to
    be that parent; workers tell of themselves by a pipe. */
 #include "test.h"
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
 
 static int report[2];
+static void (*before_fork)(void); /* in the process that becomes the parent */
 
-/* What a worker says: its number, its pid, and its parent's. */
+/* What a worker says: its number, its pid, its parent's, and how many descriptors it has. */
 typedef struct hello {
     int task_id;
     pid_t pid, parent;
+    int descriptors;
 } hello;
 
 static void say_hello(void) {
@@ -16,6 +21,7 @@ static void say_hello(void) {
     own.task_id = tcpsrv_task_id();
     own.pid = getpid();
     own.parent = getppid();
+    own.descriptors = test_open_descriptors(TEST_FD_SCAN);
     CHECK_INT(write(report[1], &own, sizeof own), (int)sizeof own);
 }
 
@@ -40,10 +46,33 @@ static int all_gone(void) {
     return poll(&entry, 1, 5000) == 1 && read(report[0], &byte, 1) == 0;
 }
 
+/* What the family says on stderr goes to a file that has no name any more. */
+static FILE *said;
+
+static void listen_to_it(void) {
+    said = tmpfile();
+    CHECK(said != NULL);
+}
+
 static void quiet(void) {
     int null = open("/dev/null", O_WRONLY);
-    dup2(null, 2);
+    dup2(said ? fileno(said) : null, 2);
     close(null);
+    if (said) fclose(said);
+}
+
+/* The text, once it says that. */
+static const char *what_it_says(const char *part) {
+    static char text[8192];
+    int tries;
+    for (tries = 0; tries < 500; tries++) {
+        ssize_t n = pread(fileno(said), text, sizeof text - 1, 0);
+        text[n > 0 ? n : 0] = 0;
+        if (strstr(text, part)) return text;
+        test_sleep_ms(10);
+    }
+    test_end(1, TEST_HERE("not said: %s, but: %s"), part, text);
+    return text;
 }
 
 /* The process that forks; its children run the body. */
@@ -56,6 +85,7 @@ static pid_t family(int count, int restarts, void (*body)(int task_id)) {
     if (pid == 0) {
         close(report[0]);
         quiet();
+        if (before_fork) before_fork();
         id = tcpsrv_fork_processes(count, restarts);
         if (id < 0) _exit(99);
         body(id);
@@ -73,6 +103,17 @@ static int exit_status(pid_t pid) {
 
 static void end(void) {
     close(report[0]);
+    if (said) fclose(said);
+    said = NULL;
+}
+
+/* Until the last writer is gone. */
+static int all_of_it_is_read(void) {
+    hello got;
+    do
+        got = next_hello();
+    while (got.task_id >= 0);
+    return got.task_id == -200;
 }
 
 static void hello_only(int task_id) {
@@ -143,6 +184,30 @@ static void a_crash_loop_ends_the_others_and_the_parent_with_1(void) {
     CHECK_INT(crashes, 4);
     CHECK_INT(exit_status(parent), 1);
     CHECK(all_gone());
+    end();
+}
+
+static void the_last_words_name_the_child_how_it_ended_and_the_restarts(void) {
+    pid_t parent;
+    const char *text;
+    listen_to_it();
+    parent = family(2, 3, crash_always);
+    CHECK_INT(exit_status(parent), 1);
+    CHECK(all_of_it_is_read());
+    text = what_it_says("giving up");
+    CHECK(strstr(text, "child 1 crashed: exit status 3: restart 1 in 0 ms") != NULL);
+    CHECK(strstr(text, "child 1 crashed: exit status 3: restart 2 in 50 ms") != NULL);
+    CHECK(strstr(text, "child 1 crashed: exit status 3: restart 3 in 100 ms") != NULL);
+    CHECK(strstr(text, "child 1 crashed: exit status 3: giving up after 3 restarts, "
+                       "3 of them its own") != NULL);
+    end();
+}
+
+static void pauses_between_restarts_grow(void) {
+    uint64_t begun = test_ns();
+    pid_t parent = family(2, 4, crash_always);
+    CHECK_INT(exit_status(parent), 1);
+    CHECK(test_ns() - begun >= (uint64_t)(0 + 50 + 100 + 200) * 1000000);
     end();
 }
 
@@ -228,6 +293,41 @@ static void children_do_not_outlive_a_killed_parent(void) {
     end();
 }
 
+#if defined(__linux__)
+static void serve_on_the_lifeline(int task_id) {
+    CHECK_INT(prctl(PR_SET_PDEATHSIG, 0), 0);
+    serve(task_id);
+}
+
+static void the_lifeline_alone_ends_children_of_a_killed_parent(void) {
+    pid_t parent = family(2, -1, serve_on_the_lifeline);
+    next_hello();
+    next_hello();
+    kill(parent, SIGKILL);
+    CHECK_INT(exit_status(parent), -SIGKILL);
+    CHECK(all_gone());
+    end();
+}
+
+static void the_kernels_signal_ends_children_that_have_no_loop(void) {
+    pid_t parent = family(2, -1, wait_long);
+    next_hello();
+    next_hello();
+    kill(parent, SIGKILL);
+    CHECK_INT(exit_status(parent), -SIGKILL);
+    CHECK(all_gone());
+    end();
+}
+#else
+static void the_lifeline_alone_ends_children_of_a_killed_parent(void) {
+    SKIP("PR_SET_PDEATHSIG");
+}
+
+static void the_kernels_signal_ends_children_that_have_no_loop(void) {
+    SKIP("PR_SET_PDEATHSIG");
+}
+#endif
+
 static void dispositions(int task_id) {
     struct sigaction action;
     (void)task_id;
@@ -269,20 +369,509 @@ static void when_fork_fails_nothing_stays(void) {
     CHECK_INT(status, 0);
 }
 
+/* ---- reload ---------------------------------------------------------------------------------- */
+
+/* Bound before the fork, in the test itself, so that it may connect whenever it likes. What is
+   common lets a generation of workers behave differently from the one before. */
+typedef struct common {
+    int begun;      /* workers, ever */
+    int crash_from; /* this one and later ones crash at once */
+    int stall_from; /* this one and later ones do not serve */
+} common;
+
+static common *together;
+static struct sockaddr_in address;
+static int listener, go[2], own_usr1;
+static tcpsrv *server;
+
+static int answer(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err;
+    (void)peer, (void)user;
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
+        if ((err = tcpsrv_printf(stream, "%d\n", (int)getpid())) != 0) break;
+    return err;
+}
+
+static void drain(int signo, void *arg) {
+    (void)signo, (void)arg;
+    tcpsrv_drain(server, 20000);
+}
+
+static void on_usr1(int signo) {
+    (void)signo;
+}
+
+static void make_server(void) {
+    tcpsrv_options options;
+    memset(&options, 0, sizeof options);
+    options.handle_stream = answer;
+    options.reload_on_hup = 1;
+    server = tcpsrv_new(&options);
+    tcpsrv__ready_ms = together->stall_from ? 300 : 20000;
+    if (own_usr1) signal(SIGUSR1, on_usr1);
+}
+
+static void reloadable(int task_id) {
+    int number = __atomic_add_fetch(&together->begun, 1, __ATOMIC_SEQ_CST);
+    int fd = dup(listener);
+    char byte;
+    (void)task_id;
+    close(listener);
+    CHECK_INT(tcpsrv_add_socket(server, fd), 0);
+    CHECK(tcpsrv_on_signal(tcpsrv_loop_default(), SIGTERM, drain, NULL) > 0);
+    say_hello();
+    if (go[0] >= 0) CHECK_INT(read(go[0], &byte, 1), 1);
+    if (together->crash_from && number >= together->crash_from) _exit(5);
+    if (together->stall_from && number >= together->stall_from) test_sleep_ms(20000);
+    tcpsrv_loop_run(tcpsrv_loop_default());
+    tcpsrv_free(server);
+    tcpsrv_loop_free(tcpsrv_loop_default());
+}
+
+static pid_t reloadable_family(int count) {
+    pid_t parent;
+    listener = test_listener(&address);
+    before_fork = make_server;
+    parent = family(count, -1, reloadable);
+    close(listener);
+    return parent;
+}
+
+static void set_up(void) {
+    go[0] = go[1] = -1;
+    together = (common *)mmap(NULL, sizeof *together, PROT_READ | PROT_WRITE,
+                              MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    memset(together, 0, sizeof *together);
+}
+
+static void end_family(pid_t parent) {
+    kill(parent, SIGTERM);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_of_it_is_read());
+    end();
+}
+
+/* A connection that is never refused; blocking. */
+static int dial(void) {
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+/* Whose answer it is. */
+static pid_t ask(int fd) {
+    char text[32];
+    ssize_t n = 0, more;
+    CHECK_INT(write(fd, "\n", 1), 1);
+    do {
+        more = read(fd, text + n, sizeof text - 1 - (size_t)n);
+        CHECK(more > 0);
+        n += more;
+    } while (text[n - 1] != '\n');
+    text[n] = 0;
+    return (pid_t)atoi(text);
+}
+
+static void wait_until_collected(pid_t pid) {
+    int tries;
+    for (tries = 0; tries < 1000 && kill(pid, 0) == 0; tries++) test_sleep_ms(10);
+    CHECK_INT(kill(pid, 0), -1);
+}
+
+static void sighup_replaces_each_worker_and_no_connection_is_refused(void) {
+    hello old[2], fresh;
+    pid_t parent, by;
+    int i, fd;
+    set_up();
+    parent = reloadable_family(2);
+    for (i = 0; i < 2; i++) old[i] = next_hello();
+    for (i = 0; i < 2; i++) CHECK_INT(kill(old[i].pid, 0), 0);
+    kill(parent, SIGHUP);
+    for (i = 0; i < 2; i++) {
+        fresh = next_hello();
+        CHECK_INT(fresh.task_id, i);
+        CHECK_INT(fresh.parent, parent);
+    }
+    do { /* until the old ones are gone */
+        fd = dial();
+        by = ask(fd);
+        close(fd);
+    } while (kill(old[0].pid, 0) == 0 || kill(old[1].pid, 0) == 0);
+    CHECK(by != old[0].pid && by != old[1].pid);
+    CHECK_INT(together->begun, 4);
+    end_family(parent);
+}
+
+static void what_a_replaced_worker_serves_goes_on_to_its_end(void) {
+    pid_t parent, old, by;
+    int fd;
+    set_up();
+    parent = reloadable_family(1);
+    next_hello();
+    fd = dial();
+    old = ask(fd);
+    CHECK_INT(write(fd, "half", 4), 4);
+    kill(parent, SIGHUP);
+    next_hello();
+    do { /* until the new one serves, and the old one does not */
+        int other = dial();
+        by = ask(other);
+        close(other);
+    } while (by == old);
+    CHECK_INT(ask(fd), old); /* ends the line that was half there */
+    close(fd);
+    wait_until_collected(old);
+    end_family(parent);
+}
+
+static void a_worker_serves_before_the_old_one_is_told_to_end(void) {
+    hello old, fresh;
+    pid_t parent;
+    int fd;
+    set_up();
+    CHECK_INT(pipe(go), 0);
+    parent = reloadable_family(1);
+    old = next_hello();
+    CHECK_INT(write(go[1], "g", 1), 1);
+    fd = dial();
+    CHECK_INT(ask(fd), old.pid);
+    close(fd);
+    kill(parent, SIGHUP);
+    fresh = next_hello(); /* and does not serve until it may go */
+    fd = dial();
+    CHECK_INT(ask(fd), old.pid);
+    close(fd);
+    CHECK_INT(write(go[1], "g", 1), 1);
+    wait_until_collected(old.pid);
+    fd = dial();
+    CHECK_INT(ask(fd), fresh.pid);
+    close(fd);
+    end_family(parent);
+    close(go[0]), close(go[1]);
+}
+
+static void signals_during_a_reload_make_one_more(void) {
+    pid_t parent;
+    hello last;
+    int i;
+    set_up();
+    CHECK_INT(pipe(go), 0);
+    parent = reloadable_family(2);
+    for (i = 0; i < 2; i++) next_hello();
+    CHECK_INT(write(go[1], "gg", 2), 2);
+    kill(parent, SIGHUP);
+    CHECK_INT(next_hello().task_id, 0);
+    for (i = 0; i < 3; i++) kill(parent, SIGHUP);
+    CHECK_INT(write(go[1], "gggg", 4), 4);
+    CHECK_INT(next_hello().task_id, 1);
+    CHECK_INT(next_hello().task_id, 0);
+    last = next_hello();
+    CHECK_INT(last.task_id, 1);
+    i = dial();
+    CHECK(ask(i) > 0);
+    close(i);
+    end_family(parent);
+    CHECK_INT(together->begun, 6);
+    close(go[0]), close(go[1]);
+}
+
+static void a_replacement_that_crashes_leaves_the_old_ones(void) {
+    hello old[2];
+    pid_t parent, by;
+    int i, fd;
+    set_up();
+    together->crash_from = 3;
+    listen_to_it();
+    parent = reloadable_family(2);
+    for (i = 0; i < 2; i++) old[i] = next_hello();
+    kill(parent, SIGHUP);
+    CHECK_INT(next_hello().task_id, 0);
+    what_it_says("reload: the new child 0 does not serve: exit status 5");
+    for (i = 0; i < 2; i++) CHECK_INT(kill(old[i].pid, 0), 0);
+    fd = dial();
+    by = ask(fd);
+    CHECK(by == old[0].pid || by == old[1].pid);
+    close(fd);
+    together->crash_from = 0; /* mended: the next reload does it */
+    kill(parent, SIGHUP);
+    for (i = 0; i < 2; i++) CHECK_INT(next_hello().task_id, i);
+    for (i = 0; i < 2; i++) wait_until_collected(old[i].pid);
+    end_family(parent);
+}
+
+static void a_replacement_that_does_not_serve_in_time_is_ended(void) {
+    hello old, fresh;
+    pid_t parent;
+    int fd;
+    set_up();
+    together->stall_from = 2;
+    listen_to_it();
+    parent = reloadable_family(1);
+    old = next_hello();
+    kill(parent, SIGHUP);
+    fresh = next_hello();
+    what_it_says("reload: the new child 0 does not serve: time is over");
+    kill(fresh.pid, SIGKILL);
+    wait_until_collected(fresh.pid);
+    fd = dial();
+    CHECK_INT(ask(fd), old.pid);
+    close(fd);
+    end_family(parent);
+}
+
+static void an_old_worker_that_crashes_during_its_replacement_is_not_restarted_besides(void) {
+    hello old, fresh;
+    pid_t parent;
+    int fd;
+    set_up();
+    CHECK_INT(pipe(go), 0);
+    parent = reloadable_family(1);
+    old = next_hello();
+    CHECK_INT(write(go[1], "g", 1), 1);
+    kill(parent, SIGHUP);
+    fresh = next_hello();
+    kill(old.pid, SIGKILL);
+    wait_until_collected(old.pid);
+    CHECK_INT(write(go[1], "g", 1), 1);
+    fd = dial();
+    CHECK_INT(ask(fd), fresh.pid);
+    close(fd);
+    end_family(parent);
+    CHECK_INT(together->begun, 2);
+    close(go[0]), close(go[1]);
+}
+
+static void sigterm_during_a_reload_ends_all(void) {
+    pid_t parent;
+    set_up();
+    CHECK_INT(pipe(go), 0);
+    parent = reloadable_family(2);
+    next_hello();
+    next_hello();
+    CHECK_INT(write(go[1], "gg", 2), 2);
+    kill(parent, SIGHUP);
+    next_hello();
+    kill(parent, SIGTERM);
+    CHECK_INT(write(go[1], "g", 1), 1);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_of_it_is_read());
+    end();
+    close(go[0]), close(go[1]);
+}
+
+static void no_descriptor_is_left_by_forks_and_reloads(void) {
+    hello first, later;
+    pid_t parent;
+    int i;
+    set_up();
+    parent = reloadable_family(1);
+    first = next_hello();
+    for (i = 0; i < 5; i++) {
+        kill(parent, SIGHUP);
+        later = next_hello();
+        CHECK_INT(later.task_id, 0);
+        CHECK_INT(later.descriptors, first.descriptors + 1); /* to say that it serves */
+    }
+    end_family(parent);
+}
+
+static void without_the_option_sighup_is_left_alone(void) {
+    pid_t parent = family(1, -1, wait_long);
+    next_hello();
+    kill(parent, SIGHUP);
+    CHECK_INT(exit_status(parent), -SIGHUP);
+    CHECK(all_gone());
+    end();
+}
+
+/* ---- counters -------------------------------------------------------------------------------- */
+
+static void *look(void *arg) {
+    tcpsrv_stats stats;
+    int64_t accepted = 0;
+    int i, pid, tries;
+    for (tries = 0; tries < 1000 && accepted < 3; tries++) {
+        for (accepted = i = 0; i < 2; i++) {
+            memset(&stats, 0, sizeof stats);
+            pid = tcpsrv_worker_stats(i, &stats);
+            CHECK(pid > 0 || pid == -ENOENT || pid == -ESRCH);
+            accepted += (int64_t)stats.accepted;
+        }
+        test_sleep_ms(10);
+    }
+    CHECK_INT(accepted, 3);
+    CHECK_INT(tcpsrv_worker_stats(2, &stats), -ENOENT);
+    CHECK_INT(write(report[1], "seen", 4), 4);
+    return arg;
+}
+
+static void make_server_and_look(void) {
+    pthread_t thread;
+    make_server();
+    CHECK_INT(pthread_create(&thread, NULL, look, NULL), 0);
+    CHECK_INT(pthread_detach(thread), 0);
+}
+
+static void the_parent_reads_the_counters_of_its_workers(void) {
+    pid_t parent;
+    char seen[4];
+    int i, fds[3];
+    set_up();
+    listener = test_listener(&address);
+    before_fork = make_server_and_look;
+    parent = family(2, -1, reloadable);
+    close(listener);
+    for (i = 0; i < 2; i++) CHECK(next_hello().task_id >= 0);
+    for (i = 0; i < 3; i++) CHECK(ask(fds[i] = dial()) > 0);
+    CHECK_INT(read(report[0], seen, 4), 4);
+    CHECK_MEM(seen, 4, "seen");
+    for (i = 0; i < 3; i++) close(fds[i]);
+    kill(parent, SIGTERM);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_of_it_is_read());
+    end();
+}
+
+static int tell_of_all(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_stats stats;
+    int i, pid;
+    (void)peer, (void)user;
+    for (i = 0; (pid = tcpsrv_worker_stats(i, &stats)) != -ENOENT; i++)
+        tcpsrv_printf(stream, "%d\n", pid);
+    return 0;
+}
+
+static void serve_counters(int task_id) {
+    tcpsrv_options options;
+    memset(&options, 0, sizeof options);
+    options.handle_stream = tell_of_all;
+    if (task_id == 1) {
+        say_hello();
+        _exit(0);
+    }
+    server = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_add_socket(server, listener), 0);
+    say_hello();
+    tcpsrv_loop_run(tcpsrv_loop_default());
+}
+
+static void a_worker_reads_the_counters_of_the_others(void) {
+    pid_t parent, pids[2];
+    char text[64], wanted[64];
+    hello got;
+    int i, tries = 1000;
+    set_up();
+    listener = test_listener(&address);
+    parent = family(2, -1, serve_counters);
+    close(listener);
+    for (i = 0; i < 2; i++) {
+        got = next_hello();
+        pids[got.task_id] = got.pid;
+    }
+    snprintf(wanted, sizeof wanted, "%d\n%d\n", (int)pids[0], -ESRCH);
+    do { /* until the parent has collected the one that ended */
+        int fd = dial();
+        ssize_t n = 0, more;
+        while ((more = read(fd, text + n, sizeof text - 1 - (size_t)n)) > 0) n += more;
+        text[n] = 0;
+        close(fd);
+        test_sleep_ms(10);
+    } while (strcmp(text, wanted) != 0 && --tries);
+    CHECK_STR(text, wanted);
+    kill(parent, SIGTERM);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_gone());
+    end();
+}
+
+static void without_a_family_there_are_no_counters(void) {
+    tcpsrv_stats stats;
+    CHECK_INT(tcpsrv_worker_stats(0, &stats), -ENOENT);
+    CHECK_INT(tcpsrv_worker_stats(-1, &stats), -ENOENT);
+}
+
+static void sigusr1_makes_the_parent_tell_of_each_child(void) {
+    char wanted[64];
+    pid_t parent;
+    hello got;
+    int fd;
+    set_up();
+    listen_to_it();
+    parent = reloadable_family(1);
+    got = next_hello();
+    fd = dial();
+    CHECK_INT(ask(fd), got.pid);
+    kill(parent, SIGUSR1);
+    snprintf(wanted, sizeof wanted, "child 0: pid %d for ", (int)got.pid);
+    CHECK(strstr(what_it_says(wanted), " 0 restarts, ") != NULL);
+    close(fd);
+    end_family(parent);
+}
+
+static void sigusr1_is_left_to_a_program_that_uses_it(void) {
+    pid_t parent;
+    char byte;
+    set_up();
+    own_usr1 = 1;
+    listen_to_it();
+    parent = reloadable_family(1);
+    next_hello();
+    kill(parent, SIGUSR1);
+    kill(parent, SIGHUP); /* obeyed after it */
+    next_hello();
+    CHECK_INT(pread(fileno(said), &byte, 1, 0), 0);
+    end_family(parent);
+}
+
+static void counters_of_several_servers_add_up(void) {
+    tcpsrv_stats sum, more;
+    memset(&sum, 0, sizeof sum);
+    memset(&more, 0, sizeof more);
+    sum.active = more.active = 1;
+    sum.accepted = UINT32_MAX;
+    more.accepted = 2;
+    more.bytes_written = 5;
+    tcpsrv__stats_add(&sum, &more);
+    CHECK_INT(sum.active, 2);
+    CHECK_INT(sum.accepted, (int64_t)UINT32_MAX + 2);
+    CHECK_INT(sum.bytes_written, 5);
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(each_child_has_its_number_and_the_parent_ends_with_0),
         TEST(zero_means_one_for_each_core),
         TEST(a_killed_child_is_restarted_with_its_number),
         TEST(a_crash_loop_ends_the_others_and_the_parent_with_1),
+        TEST(the_last_words_name_the_child_how_it_ended_and_the_restarts),
+        TEST(pauses_between_restarts_grow),
         TEST(no_restarts_allowed_means_the_first_crash_is_the_end),
         TEST(a_child_that_exits_with_0_is_not_restarted),
         TEST(sigterm_and_sigint_to_the_parent_end_all_in_order),
         TEST(a_second_signal_kills_those_that_stay),
         TEST(children_do_not_outlive_a_killed_parent),
+        TEST(the_lifeline_alone_ends_children_of_a_killed_parent),
+        TEST(the_kernels_signal_ends_children_that_have_no_loop),
         TEST(a_child_has_its_dispositions_back_and_may_not_fork_again),
         TEST(a_loop_made_before_refuses_the_fork),
         TEST(when_fork_fails_nothing_stays),
+        TEST(sighup_replaces_each_worker_and_no_connection_is_refused),
+        TEST(what_a_replaced_worker_serves_goes_on_to_its_end),
+        TEST(a_worker_serves_before_the_old_one_is_told_to_end),
+        TEST(signals_during_a_reload_make_one_more),
+        TEST(a_replacement_that_crashes_leaves_the_old_ones),
+        TEST(a_replacement_that_does_not_serve_in_time_is_ended),
+        TEST(an_old_worker_that_crashes_during_its_replacement_is_not_restarted_besides),
+        TEST(sigterm_during_a_reload_ends_all),
+        TEST(no_descriptor_is_left_by_forks_and_reloads),
+        TEST(without_the_option_sighup_is_left_alone),
+        TEST(the_parent_reads_the_counters_of_its_workers),
+        TEST(a_worker_reads_the_counters_of_the_others),
+        TEST(without_a_family_there_are_no_counters),
+        TEST(sigusr1_makes_the_parent_tell_of_each_child),
+        TEST(sigusr1_is_left_to_a_program_that_uses_it),
+        TEST(counters_of_several_servers_add_up),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
