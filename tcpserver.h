@@ -512,7 +512,8 @@ TCPSRV_API int tcpsrv_add_socket(tcpsrv *server, int fd);
 TCPSRV_API void tcpsrv_stop(tcpsrv *server);
 
 /* Stops; reads that wait at a message boundary (no byte of the message there) end with TCPSRV_EOF
-   as if the peer had finished, now and later; others go on to their end. After timeout_ms what is
+   as if the peer had finished, now and later; others go on to their end, and a connection that has
+   not had a message yet gets a second for its first, which is on its way. After timeout_ms what is
    left is aborted. Then on_drained. Never waits. */
 TCPSRV_API void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms);
 TCPSRV_API int tcpsrv_draining(const tcpsrv *server);
@@ -4080,7 +4081,7 @@ typedef struct tcpsrv__transport {
 typedef struct tcpsrv__owner {
     tcpsrv_options options;         /* with the defaults filled in */
     uint64_t idle_ns, close_ns;
-    int draining;
+    int draining;                   /* 2: also what has not had a message yet */
     tcpsrv_stats stats;
     void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
 } tcpsrv__owner;
@@ -4147,6 +4148,7 @@ struct tcpsrv_stream {
     unsigned in_stack : 1;          /* lies at the top of a coroutine's stack */
     unsigned close_told : 1;
     unsigned starting : 1;          /* its handler has not begun */
+    unsigned spoke : 1;             /* a read was answered */
     unsigned counted : 1;           /* for max_connections_per_ip */
     tcpsrv__peer_name peer;
 };
@@ -4572,10 +4574,17 @@ static TCPSRV__COLD int tcpsrv__read_end(const tcpsrv_stream *stream) {
     int begun = stream->in || (stream->want_kind == TCPSRV__WANT_INTO && stream->progress);
     if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
     if (stream->eof) return TCPSRV_EOF;
-    if (stream->owner->draining && !begun && !stream->readable && !stream->connecting &&
-        stream->want_kind != TCPSRV__WANT_READY)
-        return TCPSRV_EOF;
-    return 0;
+    if (stream->owner->draining < 2 - stream->spoke || begun || stream->readable ||
+        stream->connecting || stream->want_kind == TCPSRV__WANT_READY)
+        return 0;
+    return TCPSRV_EOF;
+}
+
+/* A drain ends no read whose bytes are in the kernel already, though no event has told of them. */
+static TCPSRV__COLD int tcpsrv__read_has_come(tcpsrv_stream *stream) {
+    if (stream->dead || stream->eof || !tcpsrv__sys_unread(stream->source.fd)) return 0;
+    stream->readable = 1;
+    return 1;
 }
 
 static TCPSRV__COLD void tcpsrv__input_fit(tcpsrv_stream *stream) {
@@ -4635,8 +4644,12 @@ static int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *byt
 /* Tries to end the waiting read. 1: with *err and *bytes; 0: it waits. */
 static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
     for (;;) {
-        if (tcpsrv__read_match(stream, err, bytes)) return 1;
+        if (tcpsrv__read_match(stream, err, bytes)) {
+            stream->spoke = 1;
+            return 1;
+        }
         *err = tcpsrv__read_end(stream);
+        if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
         if (*err) return 1;
         if (!stream->readable || stream->connecting) {
             if (stream->in) tcpsrv__input_trim(stream);
@@ -6822,6 +6835,7 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
 enum {
     TCPSRV__PAUSE_MS = 50,
     TCPSRV__PAUSE_MAX_MS = 1000,
+    TCPSRV__FIRST_MS = 1000,        /* for a first message that a drain meets on its way */
     TCPSRV__ACCEPT_BURST = 64,
     TCPSRV__SHED = 4,               /* connections refused at once when descriptors have run out */
     TCPSRV__READD = 16,             /* accepts after which a shared listener queues up anew */
@@ -6874,6 +6888,7 @@ struct tcpsrv {
     size_t handlers;                /* coroutines that have not returned */
     int64_t pause_ms;
     tcpsrv__timer pause_timer, drain_timer;
+    uint64_t drain_due;
     tcpsrv__drain_signal *drain_signals;
     tcpsrv__network *trusted;       /* and the text they were read from */
     size_t trusted_count;
@@ -7277,7 +7292,7 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
 static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *stream,
                                               const tcpsrv_address *address) {
     int err;
-    stream->starting = 0;
+    stream->starting = stream->spoke = 0;
     if (stream->in_stack) {
         tcpsrv__handler_begin(server, stream, address);
         return;
@@ -7603,7 +7618,8 @@ static TCPSRV__COLD void tcpsrv__drain_signalled(int signo, void *arg) {
     tcpsrv *server = drain->server;
     (void)signo;
     if (server->owner.draining) {
-        tcpsrv__timer_arm(server->loop, &server->drain_timer, server->loop->now);
+        server->drain_due = server->loop->now;
+        tcpsrv__timer_arm(server->loop, &server->drain_timer, server->drain_due);
         return;
     }
     if (tcpsrv_task_id() < 0) tcpsrv_notify("STOPPING=1");
@@ -7769,11 +7785,27 @@ static TCPSRV__COLD int tcpsrv__others_drain(const tcpsrv_loop *loop) {
     return server != NULL;
 }
 
+/* Waiting reads are looked at again, and those at a message boundary end. */
+static TCPSRV__COLD void tcpsrv__drain_step(tcpsrv *server, int draining, uint64_t next) {
+    tcpsrv_loop *loop = server->loop;
+    uint32_t i;
+    server->owner.draining = draining;
+    tcpsrv__timer_arm(loop, &server->drain_timer, next);
+    for (i = 1; i < loop->slot_count; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        if (stream) tcpsrv__make_ready(&stream->source);
+    }
+    tcpsrv__server_settle(server);
+}
+
 static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, drain_timer, timer);
     tcpsrv_drained_fn *fn = server->owner.options.on_drained;
+    int busy = server->owner.stats.active || (server->handlers && !server->drain_over);
     tcpsrv__timer_arm(loop, timer, TCPSRV__NEVER);
-    if (server->owner.stats.active || (server->handlers && !server->drain_over)) {
+    if (busy && server->owner.draining == 1 && loop->now < server->drain_due) {
+        tcpsrv__drain_step(server, 2, server->drain_due);
+    } else if (busy) {
         server->drain_over = 1;
         tcpsrv__abort_all(server);
         tcpsrv__server_settle(server);
@@ -7784,26 +7816,20 @@ static TCPSRV__COLD void tcpsrv__drain_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     }
 }
 
-/* Waiting reads are looked at again, and those at a message boundary end. */
 TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
     tcpsrv_loop *loop = server->loop;
-    uint32_t i;
+    uint64_t first;
     tcpsrv_stop(server);
     if (!loop) return;
-    server->owner.draining = 1;
     server->drained_told = server->drain_over = 0;
     tcpsrv__refresh_now(loop);
-    if (timeout_ms >= 0)
-        tcpsrv__timer_arm(loop, &server->drain_timer, loop->now + tcpsrv__ms_to_ns(timeout_ms));
-    for (i = 1; i < loop->slot_count; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (stream) tcpsrv__make_ready(&stream->source);
-    }
-    tcpsrv__server_settle(server);
+    first = loop->now + tcpsrv__ms_to_ns(TCPSRV__FIRST_MS);
+    server->drain_due = timeout_ms < 0 ? TCPSRV__NEVER : loop->now + tcpsrv__ms_to_ns(timeout_ms);
+    tcpsrv__drain_step(server, 1, first < server->drain_due ? first : server->drain_due);
 }
 
 TCPSRV_IMPL int tcpsrv_draining(const tcpsrv *server) {
-    return server->owner.draining;
+    return server->owner.draining != 0;
 }
 
 TCPSRV_IMPL int tcpsrv_drain_on_signal(tcpsrv *server, int signo, int64_t timeout_ms) {

@@ -493,12 +493,15 @@ static void sighup_replaces_each_worker_and_no_connection_is_refused(void) {
         CHECK_INT(fresh.task_id, i);
         CHECK_INT(fresh.parent, parent);
     }
-    do { /* until the old ones are gone */
+    while (kill(old[0].pid, 0) == 0 || kill(old[1].pid, 0) == 0) {
         fd = dial();
-        by = ask(fd);
+        CHECK(ask(fd) > 0);
         close(fd);
-    } while (kill(old[0].pid, 0) == 0 || kill(old[1].pid, 0) == 0);
+    }
+    fd = dial();
+    by = ask(fd);
     CHECK(by != old[0].pid && by != old[1].pid);
+    close(fd);
     CHECK_INT(together->begun, 4);
     end_family(parent);
 }

@@ -423,6 +423,73 @@ static void draining_ends_idle_reads_and_lets_half_messages_finish(void) {
     end();
 }
 
+static void a_drain_answers_the_first_message_that_is_on_its_way(void) {
+    tcpsrv_options options = options_for(1);
+    int coming, silent;
+    options.on_drained = on_drained;
+    begin(&options);
+    coming = client(tcpsrv_port(server, 0));
+    silent = client(tcpsrv_port(server, 0));
+    turns(5);
+    tcpsrv_drain(server, 20000);
+    turns(5);
+    ask(coming, "first\n");
+    expect(coming, "first\n");
+    CHECK_INT(at_end(coming), 1);
+    CHECK_INT(drained, 0);
+    CHECK_INT(at_end(silent), 1); /* after a second, not twenty */
+    close(coming);
+    close(silent);
+    turns(5);
+    CHECK_INT(drained, 1);
+    end();
+}
+
+static void a_drain_answers_what_is_in_the_kernel_already(void) {
+    tcpsrv_options options = options_for(1);
+    int fd;
+    options.on_drained = on_drained;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    ask(fd, "first\n");
+    expect(fd, "first\n");
+    ask(fd, "second\n");
+    tcpsrv_drain(server, 20000);
+    expect(fd, "second\n");
+    CHECK_INT(at_end(fd), 1);
+    close(fd);
+    turns(5);
+    CHECK_INT(drained, 1);
+    end();
+}
+
+static void stop_both(void *other) {
+    tcpsrv_drain((tcpsrv *)other, 20000);
+    tcpsrv_drain(server, 20000);
+}
+
+static void finish_late(void *fd) {
+    ask(*(int *)fd, "f\n");
+}
+
+static void the_last_server_to_drain_stops_the_loop(void) {
+    tcpsrv_options options = options_for(1);
+    tcpsrv *other = tcpsrv_new(&options);
+    int fd;
+    begin(&options);
+    CHECK_INT(tcpsrv_listen(other, 0, "127.0.0.1"), 0);
+    fd = client(tcpsrv_port(server, 0));
+    ask(fd, "hal");
+    turns(5);
+    CHECK(tcpsrv_call_soon(loop, stop_both, other) > 0);
+    CHECK(tcpsrv_call_later(loop, 100, finish_late, &fd) > 0);
+    CHECK_INT(tcpsrv_loop_run(loop), 0);
+    expect(fd, "half\n");
+    close(fd);
+    tcpsrv_free(other);
+    end();
+}
+
 static int sleepy(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     (void)peer, (void)user;
     handled++;
@@ -571,6 +638,9 @@ int main(int argc, char **argv) {
         TEST(results_of_handlers_are_logged_with_the_peer),
         TEST(an_idle_connection_ends_and_a_busy_one_does_not),
         TEST(draining_ends_idle_reads_and_lets_half_messages_finish),
+        TEST(a_drain_answers_the_first_message_that_is_on_its_way),
+        TEST(a_drain_answers_what_is_in_the_kernel_already),
+        TEST(the_last_server_to_drain_stops_the_loop),
         TEST(a_drain_that_is_over_does_not_wait_for_a_handler_that_sleeps),
         TEST(each_live_stream_can_be_reached_and_closed),
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
