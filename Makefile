@@ -1,6 +1,7 @@
 # make run        builds the echo server and starts it on port 8888
 # make test       everything; the last line is the sum
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
+# make bench-count  instructions and system calls a request, exact (valgrind, strace, Linux)
 # make examples, make lint, make install, make clean
 
 CC = cc
@@ -67,6 +68,26 @@ test:
 	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs
 	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/e2e.sh tests/matrix.sh
 
+# What users run: no warnings asked for, optimised.
+BENCH_OURS = $(patsubst %,$(BUILD)/bench/%,ours_callbacks ours_coroutines)
+
+$(BENCH_OURS): $(BUILD)/bench/%: tests/bench/servers/%.c tests/bench/servers/served_file.h \
+        tcpserver.h
+	@mkdir -p $(BUILD)/bench
+	$(CC) -O2 $< -o $@
+
+$(BUILD)/bench/raw_epoll: tests/bench/servers/raw_epoll.c tests/bench/servers/peer.h \
+        tests/bench/servers/served_file.h
+	@mkdir -p $(BUILD)/bench
+	$(CC) -O2 $< -o $@
+
+$(BUILD)/bench/%: tests/bench/%.c tests/tools/tool.h
+	@mkdir -p $(BUILD)/bench
+	$(CC) -O2 $< -o $@
+
+bench-count: $(BENCH_OURS) $(BUILD)/bench/raw_epoll $(BUILD)/bench/lockstep
+	@python3 tests/bench/bench.py count $(ONLY)
+
 lint:
 	@sh tests/lint.sh
 
@@ -79,4 +100,4 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run examples programs unit test lint install clean FORCE
+.PHONY: all run examples programs unit test bench-count lint install clean FORCE

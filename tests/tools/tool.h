@@ -65,7 +65,7 @@ static void tool_expect(int fd, const char *data, size_t size) {
 }
 
 /* In bytes. smaps_rollup counts pages; the counters in status lag behind by some for each core. */
-static long tool_rss(long pid) {
+static inline long tool_rss(long pid) {
     char path[64], line[128];
     long kilobytes = -1;
     FILE *file;
