@@ -139,7 +139,7 @@ refused() { # EXPECTED-PART COMMAND...: ends with 1 and says why
 
 bad_input_is_refused() {
     serve "$bin/echo" 0
-    for one in echo echo_callbacks chat redis prefork sockets; do
+    for one in echo echo_callbacks chat redis prefork sockets http; do
         refused 70000 "$bin/$one" 70000
         refused "$port: Address already in use" "$bin/$one" "$port"
     done
@@ -312,6 +312,65 @@ redis_refuses_broken_frames() {
     answers_hello || fail "no service afterwards"
 }
 
+# ---- http ----------------------------------------------------------------------------------------
+
+http_answers_curl() {
+    need curl
+    serve "$bin/http" 0
+    base=http://127.0.0.1:$port
+    bounded 10 curl -s -d hello "$base/a" "$base/b?c=d" >answers || fail "curl"
+    same POST 'POST /a, 5 bytes\nPOST /b?c=d, 5 bytes\n'
+    bounded 10 curl -sI "$base/" >answers && contains 'HTTP/1.1 200 OK' || fail "HEAD"
+    [ "$(bounded 10 curl -s "$base/large" | wc -c)" -eq 8388608 ] || fail "/large"
+    printf 'GET / HTTP/1.0\r\n\r\n' | client >answers && contains 'Connection: close'
+    contains 'GET /, 0 bytes'
+}
+
+http_refuses() { # REQUEST STATUS
+    printf "$1" | client >answers || fail "no answer to $1"
+    contains "HTTP/1.1 $2 "
+}
+
+http_refuses_what_it_must() {
+    serve "$bin/http" 0 1
+    http_refuses 'GET\r\n\r\n' 400
+    http_refuses 'GET / HTTP/1.1\r\n\r\n' 400
+    http_refuses 'GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n' 400
+    http_refuses 'GET / HTTP/1.1\r\nHost: a\r\ncontent-length: 65537\r\n\r\n' 413
+    http_refuses 'GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n' 501
+    http_refuses "GET /$(printf '%0700d' 0) HTTP/1.1\r\nHost: a\r\n\r\n" 414
+    http_refuses "GET / HTTP/1.1\r\nHost: a\r\nCookie: $(printf '%08200d' 0)\r\n\r\n" 431
+    mkfifo endless
+    exec 3<>endless
+    printf 'GET / HTTP/1.1\r\nHo' >&3
+    bounded 10 "$bin/client" 127.0.0.1 "$port" <endless >answers || fail "no end"
+    contains 'HTTP/1.1 408 '
+}
+
+descriptors() { ls "/proc/$server/fd" | wc -l; }
+
+has_descriptors() { [ "$(descriptors)" -ge "$1" ]; }
+
+# Its own count of connections is no measure: it goes on reading what the kernel had for it.
+slow_clients_are_gone() { # SLOWHTTPTEST'S OPTIONS
+    need slowhttptest curl
+    [ -d /proc/self/fd ] || { echo "no /proc" && exit 77; }
+    serve "$bin/http" 0 2
+    server=$pid
+    before=$(descriptors)
+    background slowhttptest "$@" -c 100 -r 200 -i 1 -p 3 -l 60 -u "http://127.0.0.1:$port/large" \
+        >slow 2>&1
+    wait_for 10 has_descriptors $((before + 50)) || fail "the slow clients do not get in"
+    tries=0
+    while has_descriptors $((before + 1)); do
+        [ $((tries += 1)) -le 150 ] || fail "$(descriptors) descriptors, $before before"
+        bounded 5 curl -s "http://127.0.0.1:$port/" >answers && same curl 'GET /, 0 bytes\n'
+        sleep 0.1
+    done
+    [ "$tries" -gt 5 ] || fail "they were gone before their deadline"
+    echo "$tries others served meanwhile" >note
+}
+
 # ---- chat ----------------------------------------------------------------------------------------
 
 joins() { # NAME DESCRIPTOR: a client that says what is written to that descriptor
@@ -419,6 +478,16 @@ workers_end_with_a_killed_parent() { # PROGRAM
     wait_for 5 is_gone "$first" && wait_for 5 is_gone "$second" || fail "orphans"
 }
 
+# ---- other loops ---------------------------------------------------------------------------------
+
+lives_in_glibs_main_loop() {
+    need pkg-config
+    pkg-config --exists glib-2.0 || { echo "no glib-2.0 here" && exit 77; }
+    ${CC:-cc} "$root/tests/tools/glib.c" $(pkg-config --cflags --libs glib-2.0) -o "$bin/glib" ||
+        fail "tests/tools/glib.c"
+    bounded 60 "$bin/glib" >note || fail "exit status $?: $(cat note)"
+}
+
 # ---- descriptors ---------------------------------------------------------------------------------
 
 stays_calm() { # while 100 clients are there that cannot all be served
@@ -458,7 +527,7 @@ descriptors_run_out() { # SERVER: its limit falls below what it counted on
 
 # ---- the table -----------------------------------------------------------------------------------
 
-for example in client echo echo_callbacks prefork sockets chat redis; do
+for example in client echo echo_callbacks prefork sockets chat redis http; do
     row "$example: its own compile line works" compiles_by_its_comment $example
 done
 for tool in crowd flood; do row "tools: $tool compiles" builds_tool $tool; done
@@ -491,6 +560,12 @@ row "redis: redis-cli --pipe loads 100,000 keys" redis_cli_pipe_loads
 row "redis: inline commands" redis_takes_inline_commands
 row "redis: broken frames" redis_refuses_broken_frames
 
+row "http: curl's requests" http_answers_curl
+row "http: refuses what it must" http_refuses_what_it_must
+row "http: slow heads end at their deadline" slow_clients_are_gone -H
+row "http: slow bodies end at their deadline" slow_clients_are_gone -B
+row "http: slow readers end at their deadline" slow_clients_are_gone -X -w 512 -y 1024 -n 1 -z 32
+
 row "chat: everybody hears everybody" everybody_hears_everybody
 row "chat: a slow reader is dropped, the others hear all" slow_reader_is_dropped
 
@@ -501,6 +576,8 @@ for program in prefork sockets; do
     row "$program: workers end with a killed parent" workers_end_with_a_killed_parent $program
 done
 row "prefork: SIGTERM lets a request finish" sigterm_lets_a_request_finish
+
+row "a server and its clients live in GLib's main loop" lives_in_glibs_main_loop
 
 for server in echo echo_callbacks; do
     row "$server: 100 clients on 40 descriptors" few_descriptors $server
