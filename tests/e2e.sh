@@ -139,7 +139,7 @@ refused() { # EXPECTED-PART COMMAND...: ends with 1 and says why
 
 bad_input_is_refused() {
     serve "$bin/echo" 0
-    for one in echo echo_callbacks chat redis prefork sockets http; do
+    for one in echo echo_callbacks chat redis prefork sockets http service; do
         refused 70000 "$bin/$one" 70000
         refused "$port: Address already in use" "$bin/$one" "$port"
     done
@@ -525,12 +525,89 @@ descriptors_run_out() { # SERVER: its limit falls below what it counted on
     stays_calm "$pid"
 }
 
+# ---- operators -----------------------------------------------------------------------------------
+
+asks_by() { # SOCAT-ADDRESS: one line and its answer
+    printf 'hello\n' | bounded 10 socat -t 5 - "$1" >answers
+}
+
+is_up() { asks_by "TCP:127.0.0.1:$1" && grep -q hello answers; }
+
+behind_haproxy() { # send-proxy or send-proxy-v2
+    need haproxy socat
+    serve "$bin/service" 0 127.0.0.1
+    cat >haproxy.cfg <<EOF
+global
+    maxconn 100
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+listen front
+    bind fd@3
+    server back 127.0.0.1:$port $1 check check-send-proxy inter 100
+EOF
+    background "$bin/pass" haproxy -db -f haproxy.cfg >front 2>proxy.log
+    wait_for 10 grep -q '^listening on ' front || fail "no port for haproxy"
+    front=$(sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' front)
+    wait_for 10 is_up "$front" || fail "no answer through haproxy: $(cat proxy.log)"
+    asks_by "TCP:127.0.0.1:$front,bind=127.0.0.3" || fail "no answer to 127.0.0.3"
+    grep -qx '127\.0\.0\.3:[0-9]*: hello' answers || fail "not the client's address"
+    sleep 0.5 # the proxy's own checks go on meanwhile
+    [ ! -s err ] || fail "it logged"
+    printf 'hello\n' | client >answers
+    [ ! -s answers ] || fail "answered without a header"
+    grep -q 'connection refused from 127\.0\.0\.1:[0-9]*: not a PROXY header' err || fail "no log"
+}
+
+has_ended_well() { # PID: with status 0
+    wait_for 10 is_gone "$1" || fail "it stays"
+    wait "$1" || fail "exit status $?"
+}
+
+activated_by_a_manager() {
+    need systemd-socket-activate socat
+    socat -u "UNIX-RECV:$PWD/notify" - >states 2>socat.log &
+    pids="$pids $!"
+    wait_for 5 test -S notify || fail "socat does not listen"
+    background "$bin/pass" systemd-socket-activate -E "NOTIFY_SOCKET=$PWD/notify" -l "$PWD/sock" \
+        "$bin/service" >out 2>err
+    service=$pid
+    wait_for 5 grep -q 'Listening on' err || fail "systemd-socket-activate does not listen"
+    asks_by "UNIX:$PWD/sock" || fail "no answer by the Unix socket"
+    same "by the Unix socket" 'unix:: hello\n'
+    port=$(sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' out | tail -n 1)
+    printf 'hello\n' | client >answers || fail "no answer on port $port"
+    grep -qx '127\.0\.0\.1:[0-9]*: hello' answers || fail "not by TCP"
+    wait_for 5 grep -q 'READY=1' states || fail "not told that it is ready"
+    joins late 3
+    printf 'half ' >&3
+    sleep 0.3
+    kill "$service"
+    wait_for 5 grep -q 'STOPPING=1' states || fail "not told that it stops"
+    printf 'a line\n' >&3
+    wait_for 5 has late 'half a line' || fail "the request was cut"
+    exec 3>&-
+    has_ended_well "$service"
+}
+
+idle_clients_end_at_sigterm() {
+    serve "$bin/service" 0
+    service=$pid
+    joins idle 3
+    echo hello >&3
+    wait_for 5 has idle hello || fail "no answer"
+    kill "$service"
+    has_ended_well "$service"
+}
+
 # ---- the table -----------------------------------------------------------------------------------
 
-for example in client echo echo_callbacks prefork sockets chat redis http; do
+for example in client echo echo_callbacks prefork sockets chat redis http service; do
     row "$example: its own compile line works" compiles_by_its_comment $example
 done
-for tool in crowd flood; do row "tools: $tool compiles" builds_tool $tool; done
+for tool in crowd flood pass; do row "tools: $tool compiles" builds_tool $tool; done
 
 row "echo: answers" answers echo 'hello\n\nworld\n' 'hello\n\nworld\n'
 row "echo_callbacks: answers" answers echo_callbacks 'hello\n\nworld\n' 'hello\n\nworld\n'
@@ -578,6 +655,10 @@ done
 row "prefork: SIGTERM lets a request finish" sigterm_lets_a_request_finish
 
 row "a server and its clients live in GLib's main loop" lives_in_glibs_main_loop
+row "service: behind haproxy with send-proxy" behind_haproxy send-proxy
+row "service: behind haproxy with send-proxy-v2" behind_haproxy send-proxy-v2
+row "service: sockets and states of a service manager" activated_by_a_manager
+row "service: SIGTERM ends an idle client's connection" idle_clients_end_at_sigterm
 
 for server in echo echo_callbacks; do
     row "$server: 100 clients on 40 descriptors" few_descriptors $server
