@@ -518,9 +518,10 @@ TCPSRV_API void tcpsrv_stop(tcpsrv *server);
 TCPSRV_API void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms);
 TCPSRV_API int tcpsrv_draining(const tcpsrv *server);
 
-/* Drains at a signal, and at one more aborts what is left; a process that has no number as a child
-   of tcpsrv_fork_processes also tells the service manager STOPPING=1. Before the server starts it
-   is kept for the start, in each child. 0, -ENOMEM, or the errors of tcpsrv_on_signal. */
+/* Drains at a signal, and at one more aborts what is left. A process that is no child of
+   tcpsrv_fork_processes also tells the service manager STOPPING=1, as the children's parent does.
+   Asked for before the server starts, it is kept for the start, in each child. 0, -ENOMEM, or the
+   errors of tcpsrv_on_signal. */
 TCPSRV_API int tcpsrv_drain_on_signal(tcpsrv *server, int signo, int64_t timeout_ms);
 
 /* The port of the index-th listening socket, the real one after a bind to 0. -ENOENT past the last,
@@ -555,8 +556,9 @@ TCPSRV_API int tcpsrv_bind_sockets(int port, const char *address,
 
 /* A listening Unix socket with that mode (0: 0600). Replaces a socket file that nobody listens on;
    refuses a live one (-EADDRINUSE) and anything else that is there (-EEXIST). "@name": abstract
-   (Linux). backlog 0: the system's most. The file is unlinked when a server closes the socket in
-   the process that bound it. A descriptor, -ENAMETOOLONG, ... */
+   (Linux). backlog 0: the system's most. The file is unlinked by the process that bound it, if it
+   still is the one there: when a server closes the socket, or at the end of that process where it
+   is the parent of tcpsrv_fork_processes. A descriptor, -ENAMETOOLONG, ... */
 TCPSRV_API int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int backlog);
 
 /* ---- the service manager --------------------------------------------------------------------- */
@@ -6047,6 +6049,11 @@ static void tcpsrv__unix_socket_forget(int fd) {
     tcpsrv__free(file);
 }
 
+/* At the end of a process that only bound them, for its children. */
+static TCPSRV__COLD void tcpsrv__unix_sockets_forget(void) {
+    while (tcpsrv__unix_files) tcpsrv__unix_socket_forget(tcpsrv__unix_files->fd);
+}
+
 static int tcpsrv__unix_remember(int fd, const char *path) {
     tcpsrv__unix_file *file = (tcpsrv__unix_file *)tcpsrv__alloc(sizeof *file);
     struct stat status;
@@ -8427,6 +8434,7 @@ static int tcpsrv__family_timeout(const tcpsrv__family *family) {
 static void tcpsrv__family_obey(tcpsrv__family *family) {
     int told = tcpsrv__family_told(family, SIGTERM);
     told = tcpsrv__family_told(family, SIGINT) || told;
+    if (told && !family->ending) tcpsrv_notify("STOPPING=1");
     if (told && !family->ending) tcpsrv__family_end(family);
     else if (told) tcpsrv__family_kill(family, SIGKILL);
     if (family->kill_at && !family->killed && tcpsrv__clock_ns() >= family->kill_at) {
@@ -8457,6 +8465,7 @@ static int tcpsrv__supervise(tcpsrv__family *family) {
     tcpsrv__family_restore(family);
     tcpsrv__sys_close(family->lifeline[0]);
     tcpsrv__family_free(family);
+    tcpsrv__unix_sockets_forget();
     tcpsrv__sys_exit(status);
     return -1;
 }

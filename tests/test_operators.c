@@ -483,6 +483,42 @@ static void a_manager_that_cannot_be_told_is_an_error(void) {
     CHECK_INT(tcpsrv_notify("READY=1"), 0);
 }
 
+/* ---- socket files ---------------------------------------------------------------------------- */
+
+static void a_parent_of_workers_removes_its_socket_files_and_says_that_it_stops(void) {
+    char directory[] = "/tmp/tcpserver-test-XXXXXX", path[128], name[64];
+    struct stat status;
+    int result, watcher;
+    pid_t pid;
+    CHECK(mkdtemp(directory) != NULL);
+    snprintf(path, sizeof path, "%s/socket", directory);
+    snprintf(name, sizeof name, "@tcpserver-notify-%ld", (long)getpid());
+    watcher = manager(name);
+    pid = fork();
+    if (pid == 0) {
+        tcpsrv_options options = plain();
+        int fd = tcpsrv_bind_unix_socket(path, 0, 0);
+        if (tcpsrv_fork_processes(2, 0) < 0) _exit(9);
+        server = tcpsrv_new(&options);
+        if (tcpsrv_drain_on_signal(server, SIGTERM, 1000) != 0) _exit(8);
+        if (tcpsrv_add_socket(server, fd) != 0) _exit(7);
+        if (tcpsrv_notify("READY=1") != 0) _exit(6);
+        while (!drained) tcpsrv_loop_poll(tcpsrv_loop_default(), 100);
+        _exit(0);
+    }
+    while (strcmp(told(watcher), "READY=1") != 0) test_sleep_ms(5);
+    while (strcmp(told(watcher), "READY=1") != 0) test_sleep_ms(5);
+    CHECK_INT(lstat(path, &status), 0);
+    CHECK_INT(kill(pid, SIGTERM), 0);
+    CHECK_INT(waitpid(pid, &result, 0), pid);
+    CHECK_INT(result, 0);
+    CHECK_STR(told(watcher), "STOPPING=1");
+    CHECK_STR(told(watcher), ""); /* the workers do not say so */
+    CHECK_INT(lstat(path, &status), -1);
+    CHECK_INT(rmdir(directory), 0);
+    close(watcher);
+}
+
 /* ---- an end by signal ------------------------------------------------------------------------ */
 
 static void a_signal_drains_and_idle_clients_end_at_their_message_boundary(void) {
@@ -582,6 +618,7 @@ int main(int argc, char **argv) {
         TEST(too_many_names_are_cut),
         TEST(the_manager_is_told_by_path_and_by_abstract_name),
         TEST(a_manager_that_cannot_be_told_is_an_error),
+        TEST(a_parent_of_workers_removes_its_socket_files_and_says_that_it_stops),
         TEST(a_signal_drains_and_idle_clients_end_at_their_message_boundary),
         TEST(a_second_signal_aborts),
         TEST(asked_before_the_start_it_holds_from_then_on),
