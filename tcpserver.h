@@ -5002,7 +5002,10 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
     out->last = before;
     out->size -= size - sent;
     err = tcpsrv__queue_append(loop, out, (const char *)data + sent, size - sent);
-    if (err && sent) tcpsrv__die(stream, err);
+    if (err && sent) {
+        out->size += size - sent; /* a torn message: what is lost of it counts as not sent */
+        tcpsrv__die(stream, err);
+    }
     return err;
 }
 
@@ -5124,11 +5127,12 @@ TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void
 static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     struct iovec piece;
+    char few[512];              /* enough where there is no memory */
     long n;
     if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
-    piece.iov_base = loop->scratch;
-    piece.iov_len = TCPSRV__SCRATCH_SIZE;
-    n = loop->scratch ? stream->io->receive(stream, &piece, 1) : 0;
+    piece.iov_base = loop->scratch ? loop->scratch : few;
+    piece.iov_len = loop->scratch ? (size_t)TCPSRV__SCRATCH_SIZE : sizeof few;
+    n = stream->io->receive(stream, &piece, 1);
     if (n == -EAGAIN || n == -EWOULDBLOCK) {
         tcpsrv__read_dry(stream);
         return;
@@ -7689,6 +7693,7 @@ TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
     }
     server->started = 1;
     server->owner.draining = server->drained_told = 0;
+    if (server->loop) tcpsrv__timer_arm(server->loop, &server->drain_timer, TCPSRV__NEVER);
     return err ? tcpsrv__fail(err, "add_sockets", NULL) : 0;
 }
 
