@@ -2,6 +2,8 @@
 # make test       everything; the last line is the sum
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
 # make bench-count  instructions and system calls a request, exact (valgrind, strace, Linux)
+# make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
+#                 from FROM=n on; POLLER=epoll, kqueue or poll (all three where many are run)
 # make examples, make lint, make install, make clean
 
 CC = cc
@@ -22,7 +24,13 @@ EXAMPLES = $(patsubst examples/%.c,$(BUILD)/examples/%,$(sort $(wildcard example
 # The same claims hold for the poller that systems without a better one get.
 ifeq ($(shell uname -s),Linux)
 POLL_UNITS = $(patsubst $(BUILD)/%,$(BUILD)/poll/%,$(UNITS))
+# The library on a simulated kernel, once for each poller.
+SIM = $(BUILD)/sim_epoll $(BUILD)/sim_kqueue $(BUILD)/sim_poll
 endif
+SIM_SOURCES = $(wildcard tests/sim/*.[ch] tests/sim/include/sys/*.h)
+POLLER = epoll
+SEEDS = 1000
+FROM = 1
 
 export CC CFLAGS BUILD
 
@@ -52,6 +60,19 @@ $(BUILD)/poll/test_%: tests/test_%.c $(wildcard tests/*.h) tcpserver.h $(BUILD)/
 	@rm -f $@
 	$(COMPILE) -DTCPSERVER_USE_POLL -pthread $< -o $@
 
+$(BUILD)/sim_%: $(SIM_SOURCES) tcpserver.h $(BUILD)/flags
+	@mkdir -p $(BUILD)
+	@rm -f $@
+	$(COMPILE) $(SIM_FLAGS) -Itests/sim/include \
+	    -DTCPSERVER_USE_$(shell echo $* | tr a-z A-Z) -pthread tests/sim/sim.c -o $@
+
+sim: $(SIM)
+ifdef SEED
+	@$(BUILD)/sim_$(POLLER) seed $(SEED)
+else
+	@for program in $(SIM); do echo "$$program:"; $$program seeds $(FROM) $(SEEDS) || exit 1; done
+endif
+
 # A change of compiler or flags makes all programs old.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
@@ -65,8 +86,8 @@ unit:
 	@sh tests/run.sh $(UNITS) $(POLL_UNITS)
 
 test:
-	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs
-	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/e2e.sh tests/matrix.sh
+	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs $(SIM)
+	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/sim.sh tests/e2e.sh tests/matrix.sh
 
 # What users run: no warnings asked for, optimised.
 BENCH_OURS = $(patsubst %,$(BUILD)/bench/%,ours_callbacks ours_coroutines)
@@ -100,4 +121,4 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run examples programs unit test bench-count lint install clean FORCE
+.PHONY: all run examples programs unit sim test bench-count lint install clean FORCE

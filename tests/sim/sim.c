@@ -1,0 +1,97 @@
+/* Runs the library on a simulated kernel that tries to break its promises.
+     sim_POLLER seeds FROM COUNT    random runs, one for each seed
+     sim_POLLER seed N              one of them, with a trace
+   The exit status is 0 when every promise was kept; else the seed and the promise are printed. */
+#include "calls.h"
+
+#define TCPSERVER_IMPLEMENTATION
+#include "../../tcpserver.h"
+
+#include "peers.h"
+#include "model.h"
+#include "world.h"
+
+static double sim_seconds(void) {
+    struct timeval now;
+    gettimeofday(&now, NULL);
+    return (double)now.tv_sec + (double)now.tv_usec / 1e6;
+}
+
+static void sim_begin(void) {
+    sim_table_make();
+    if (regcomp(&world_regex[0], "\r?\n", REG_EXTENDED) != 0 ||
+        regcomp(&world_regex[1], "[aeiou]{3}", REG_EXTENDED) != 0)
+        abort();
+}
+
+/* Whatever ends the process, the seed is known. */
+static void sim_died(int signo) {
+    sim_print_run();
+    printf(signo == SIGALRM ? "does not end\n" : "died of signal %d\n", signo);
+    fflush(stdout);
+    _exit(1);
+}
+
+#ifdef SIM_ASAN
+void __sanitizer_set_death_callback(void (*callback)(void));
+
+static void sim_sanitizer_found(void) {
+    sim_print_run();
+    printf("a sanitizer has found something\n");
+    fflush(stdout);
+}
+#endif
+
+static void sim_watch(void) {
+    static char stack[65536];
+    static const int signals[] = { SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGALRM };
+    struct sigaction action;
+    stack_t other;
+    int i;
+    memset(&other, 0, sizeof other);
+    other.ss_sp = stack;
+    other.ss_size = sizeof stack;
+    sigaltstack(&other, NULL);
+    memset(&action, 0, sizeof action);
+    action.sa_handler = sim_died;
+    action.sa_flags = SA_ONSTACK;
+#ifdef SIM_ASAN
+    __sanitizer_set_death_callback(sim_sanitizer_found);
+    i = 5;
+#else
+    i = 0;
+#endif
+    for (; i < 6; i++) (sigaction)(signals[i], &action, NULL);
+}
+
+static int sim_seeds(uint64_t from, uint64_t count) {
+    struct sim_options_of_run run;
+    double start = sim_seconds(), took;
+    uint64_t i;
+    memset(&run, 0, sizeof run);
+    for (i = 0; i < count; i++) {
+        if (i % 64 == 0) alarm(120);
+        world_seed(from + i, &run);
+    }
+    took = sim_seconds() - start;
+    printf("%llu seeds from %llu: every promise kept (%.1f s, %.0f a second)\n",
+           (unsigned long long)count, (unsigned long long)from, took,
+           (double)count / (took > 0 ? took : 1));
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    struct sim_options_of_run run;
+    memset(&run, 0, sizeof run);
+    sim_begin();
+    sim_watch();
+    if (argc == 4 && strcmp(argv[1], "seeds") == 0)
+        return sim_seeds(strtoull(argv[2], NULL, 10), strtoull(argv[3], NULL, 10));
+    if (argc == 3 && strcmp(argv[1], "seed") == 0) {
+        run.trace = 1;
+        world_seed(strtoull(argv[2], NULL, 10), &run);
+        return 0;
+    }
+    fprintf(stderr, "usage: %s seeds FROM COUNT | seed N\n", argv[0]);
+    return 2;
+}
