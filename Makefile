@@ -87,7 +87,8 @@ unit:
 
 test:
 	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs $(SIM)
-	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/sim.sh tests/e2e.sh tests/matrix.sh
+	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/tornado.sh tests/sim.sh tests/e2e.sh \
+		tests/matrix.sh
 
 # What users run: no warnings asked for, optimised.
 BENCH_OURS = $(patsubst %,$(BUILD)/bench/%,ours_callbacks ours_coroutines)

@@ -762,6 +762,34 @@ static void numeric_addresses_and_paths_need_no_thread(void) {
     finish();
 }
 
+/* Whether the host was taken for a name: looked up, or refused by the lookup. */
+static int is_a_name(const char *host) {
+    int before = threads_made;
+    options.host = host;
+    stream = tcpsrv_connect(loop, &options);
+    if (stream) tcpsrv_abort(stream);
+    turns(2);
+    return threads_made > before;
+}
+
+static void only_what_is_numeric_is_connected_without_a_lookup(void) {
+    static const char *numeric[] = { "127.0.0.1", "::1", "192.0.2.97", "2620:0:1cfe:face:b00c::3",
+                                     "2001:db8:0:0:0:0:0:61" };
+    static const char *names[] = { "www.example.com", "localhost", "4.4.4.4<", "4.4.4.4 junk",
+                                   " 127.0.0.1", " ", "\n", "::1:g", "1.2.3.4.5" };
+    char letters[101];
+    size_t i;
+    memset(letters, 'x', sizeof letters - 1);
+    letters[sizeof letters - 1] = 0;
+    behaviour['a'] = REFUSES;
+    answer = "4a";
+    begin();
+    for (i = 0; i < sizeof numeric / sizeof *numeric; i++) CHECK_INT(is_a_name(numeric[i]), 0);
+    for (i = 0; i < sizeof names / sizeof *names; i++) CHECK_INT(is_a_name(names[i]), 1);
+    CHECK_INT(is_a_name(letters), 1);
+    finish();
+}
+
 static void without_a_thread_a_name_is_refused_at_once(void) {
     threads_refused = 1;
     begin();
@@ -1045,6 +1073,7 @@ int main(int argc, char **argv) {
         TEST(more_names_than_helpers_are_all_looked_up),
         TEST(a_lookup_that_nobody_works_on_yet_is_never_begun_once_cancelled),
         TEST(numeric_addresses_and_paths_need_no_thread),
+        TEST(only_what_is_numeric_is_connected_without_a_lookup),
         TEST(without_a_thread_a_name_is_refused_at_once),
         TEST(helpers_leave_signals_to_the_program),
         TEST(a_fork_with_a_lookup_running_is_safe),

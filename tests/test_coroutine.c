@@ -776,6 +776,38 @@ static void a_channel_can_be_made_of_park_and_wake(void) {
     end();
 }
 
+/* A periodic call wakes it; of the wakes that come while it is busy one is remembered. */
+static int beats, beats_begun, beats_ended;
+
+static void on_beat(void *id) {
+    beats++;
+    tcpsrv_wake(loop, *(int64_t *)id);
+}
+
+static int take_25_ms_a_beat(void *unused) {
+    (void)unused;
+    while (beats_ended < 3) {
+        CHECK_INT(tcpsrv_park(-1), 0);
+        CHECK_INT(beats_begun++, beats_ended);
+        CHECK_INT(tcpsrv_sleep(25), 0);
+        beats_ended++;
+    }
+    return 0;
+}
+
+static void a_periodic_coroutine_does_not_overlap_itself(void) {
+    int64_t id, periodic;
+    begin();
+    id = spawn(take_25_ms_a_beat, NULL);
+    periodic = tcpsrv_call_every(loop, 10, on_beat, &id);
+    CHECK_INT(tcpsrv_join(id), 0);
+    tcpsrv_cancel(loop, periodic);
+    CHECK_INT(beats_begun, 3);
+    CHECK_INT(beats_ended, 3);
+    CHECK(beats >= 3);
+    end();
+}
+
 /* ---- wait_fd --------------------------------------------------------------------------------- */
 
 static int pair[2];
@@ -1183,6 +1215,7 @@ int main(int argc, char **argv) {
         TEST(a_wake_does_not_end_a_sleep_but_is_remembered_for_the_park),
         TEST(another_thread_wakes_by_post),
         TEST(a_channel_can_be_made_of_park_and_wake),
+        TEST(a_periodic_coroutine_does_not_overlap_itself),
         TEST(wait_fd_tells_the_events_or_the_timeout),
         TEST(wait_fd_has_the_errors_of_watch_fd),
         TEST(two_coroutines_play_ping_pong_over_a_foreign_socket),
