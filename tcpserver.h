@@ -49,7 +49,8 @@
  *   Units      Times are milliseconds in an int64_t or int named ..._ms, -1 for "no limit"; the
  *              clock is monotonic, in nanoseconds. Sizes are bytes in a size_t.
  *   Threads    A loop and all that hangs on it belong to one thread. tcpsrv_post is the one call
- *              for others. Loops in different threads share nothing.
+ *              for others. Loops in different threads share nothing. Host names to connect to
+ *              are looked up in threads of the library's own, which touch nothing of yours.
  *   Callbacks  Run on the loop, one at a time, never inside the call that asked for them. Any
  *              object may be closed, freed or cancelled in any of them.
  *   Coroutines A waiting call parks its coroutine, and the loop goes on with the others. Made
@@ -82,7 +83,8 @@
  *   TCPSERVER_STATIC           as a private copy of this file: everything static
  *   TCPSERVER_NO_COROUTINES    leave out coroutines, handle_stream and the waiting calls' parking
  *   TCPSERVER_USE_EPOLL, TCPSERVER_USE_KQUEUE, TCPSERVER_USE_POLL   instead of the system's best
- *   TCPSERVER_REALLOC(ptr, size)   realloc's contract; size 0 frees, and its result is ignored
+ *   TCPSERVER_REALLOC(ptr, size)   realloc's contract, also among threads; size 0 frees, and its
+ *                                  result is ignored
  *   Where <valgrind/valgrind.h> was included before, coroutine stacks are announced to valgrind.
  *
  * SECTIONS (search for the tag)

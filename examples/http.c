@@ -4,7 +4,7 @@
  *     cc examples/http.c -o http
  *     ./http & curl -d hello http://127.0.0.1:8888/
  *
- * http [PORT [SECONDS]]: 8888, 0 for any free one; the deadline, 10. /large answers with 8 MiB of zeros.
+ * http [PORT [SECONDS]]: 8888, 0 for any free one; the deadline, 10. /large is 8 MiB of zeros.
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"

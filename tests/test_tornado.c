@@ -1,6 +1,6 @@
-/* What the original's own tests claim of its streams, on each kind of descriptor and with both kinds
-   of caller, and what it leaves untested: calls that fail, limits, ends. tests/tornado.txt says
-   which claim stands for which of its tests. */
+/* What the original's own tests claim of its streams, on each kind of descriptor and with both
+   kinds of caller, and what it leaves untested: calls that fail, limits, ends. tests/tornado.txt
+   says which claim stands for which of its tests. */
 #include "support.h"
 #include <regex.h>
 #include <sys/uio.h>
@@ -572,7 +572,7 @@ static void interrupted_calls_are_made_again(void) {
     on_each(interrupted_exchange);
 }
 
-/* ---- pieces of the body, as they come --------------------------------------------------------- */
+/* ---- pieces of the body, as they come -------------------------------------------------------- */
 
 static void streaming(void) {
     say("line\n1234");
@@ -641,7 +641,7 @@ static void a_mebibyte_goes_through(void) {
     on_each(big_write);
 }
 
-/* ---- children of the program ------------------------------------------------------------------ */
+/* ---- children of the program ----------------------------------------------------------------- */
 
 static pid_t child;
 static int child_status;

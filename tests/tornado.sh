@@ -9,7 +9,10 @@ passed=0 failed=0 waiting=0
 exists() { # FILE/NAME
     case $1 in
     test_*/*) grep -Fqx "        TEST(${1#*/})," "tests/${1%%/*}.c" ;;
-    e2e/*) grep -Eq "^(    )?row .* ${1#*/}( |\$)" tests/e2e.sh && grep -q "^${1#*/}() {" tests/e2e.sh ;;
+    e2e/*)
+        grep -q "^${1#*/}() {" tests/e2e.sh &&
+            grep -Eq "^(    )?row .* ${1#*/}( |\$)" tests/e2e.sh
+        ;;
     *) return 1 ;;
     esac 2>/dev/null
 }
