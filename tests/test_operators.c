@@ -503,7 +503,9 @@ static void a_parent_of_workers_removes_its_socket_files_and_says_that_it_stops(
         if (tcpsrv_drain_on_signal(server, SIGTERM, 1000) != 0) _exit(8);
         if (tcpsrv_add_socket(server, fd) != 0) _exit(7);
         if (tcpsrv_notify("READY=1") != 0) _exit(6);
-        while (!drained) tcpsrv_loop_poll(tcpsrv_loop_default(), 100);
+        loop = tcpsrv_loop_default();
+        while (!drained) turns(1);
+        end();
         _exit(0);
     }
     while (strcmp(told(watcher), "READY=1") != 0) test_sleep_ms(5);
