@@ -23,12 +23,6 @@ static int echo(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     return err;
 }
 
-/* Lines half sent get five seconds to be finished and answered; then the loop stops. */
-static void on_sigterm(int signo, void *server) {
-    (void)signo;
-    tcpsrv_drain((tcpsrv *)server, 5000);
-}
-
 static int fail(void) {
     fprintf(stderr, "%s\n", tcpsrv_last_error());
     return 1;
@@ -44,6 +38,7 @@ int main(int argc, char **argv) {
     fflush(stdout);
     if (tcpsrv_start(server, workers) != 0) return fail();
     fprintf(stderr, "task %d: pid %ld\n", tcpsrv_task_id(), (long)getpid());
-    if (tcpsrv_on_signal(tcpsrv_loop_default(), SIGTERM, on_sigterm, server) < 0) return fail();
+    /* Lines half sent get five seconds to be finished and answered; then the loop stops. */
+    if (tcpsrv_drain_on_signal(server, SIGTERM, 5000) != 0) return fail();
     return tcpsrv_loop_run(tcpsrv_loop_default());
 }

@@ -79,7 +79,9 @@ sections_in_order() {
 
 documented() { # each group of prototypes has a comment
     awk '/^\/\* ==== >>platform/ { exit }
-        /^$/ { if (prototypes && !comment) print FILENAME ":" first ": no comment"
+        /\/\*/ { open = 1 }
+        /\*\// { open = 0 }
+        /^$/ && !open { if (prototypes && !comment) print FILENAME ":" first ": no comment"
                prototypes = comment = 0; next }
         /^TCPSRV_API / { if (!prototypes++) first = FNR }
         /\/\*/ { comment = 1 }' $header
