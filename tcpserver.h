@@ -458,6 +458,7 @@ typedef struct tcpsrv_options {
     int proxy_protocol;           /* see below; TCPSRV_PROXY_OFF */
     const char *trusted;          /* who may send PROXY headers: "10.0.0.0/8, fd00::/8, unix" */
     int reload_on_hup;            /* 1: SIGHUP to the parent of workers replaces them, see there */
+    char *const *upgrade_on_usr2; /* argv of the successor that SIGUSR2 starts, see there */
     tcpsrv_drained_fn *on_drained; /* NULL: stop the loop, with the last server of it to drain */
 } tcpsrv_options;
 
@@ -582,6 +583,26 @@ TCPSRV_API int tcpsrv_notify(const char *state);
 
 /* ---- processes ------------------------------------------------------------------------------- */
 
+/* Starts the program that is to take over, such as a new version of this one, while this process
+   goes on serving. argv as for execvp(3). The listening sockets of this loop's servers are its
+   LISTEN_FDS, in the order in which they were added, named (LISTEN_FDNAMES) as they were passed to
+   this process, else by their port or path; it takes them by tcpsrv_systemd_sockets and, when it
+   serves, says tcpsrv_notify("READY=1"). Then all servers of the loop drain (drain_ms as
+   tcpsrv_drain's timeout_ms), and files of Unix sockets are the successor's to unlink. Where it
+   ends before, or is not ready within 30 s, whereupon it gets SIGTERM, this process logs that and
+   goes on as if nothing had been tried. A service manager (NOTIFY_SOCKET) is told the successor's
+   pid as MAINPID, and what the successor says.
+
+   Never waits: 0 means that it was started, not that it will be ready. -EINVAL (no program),
+   -ENOENT (no listening socket), TCPSRV_EBUSY (one is on its way), -EPERM in a child of
+   tcpsrv_fork_processes, -EAGAIN, -ENOMEM, -EMFILE; its NOTIFY_SOCKET lies in TMPDIR, or /tmp.
+
+   A server with upgrade_on_usr2 does this at SIGUSR2, without a limit to the drain. With workers it
+   is the parent that does, if the server was made before the fork: all listening sockets that the
+   parent has are handed over, and the children get SIGTERM when the successor is ready. The array
+   must live as long as the server. */
+TCPSRV_API int tcpsrv_upgrade(char *const *argv, int64_t drain_ms);
+
 /* Forks num_processes children (0 or less: one for each core) and returns in them: the child's
    number, from 0 on. The parent supervises and exits: 0 when all have ended with 0, 1 after giving
    up. A child that crashes or exits otherwise is restarted with the same number after a growing
@@ -593,7 +614,8 @@ TCPSRV_API int tcpsrv_notify(const char *state);
    child. TCPSRV_EBUSY where this thread has a loop already or is such a child; -EAGAIN, -ENOMEM
    from fork(2), with no child left behind.
 
-   If a server that was made before has reload_on_hup, the parent also handles SIGHUP, and children
+   A server that was made before may ask for SIGUSR2, see tcpsrv_upgrade.
+   If one that was made before has reload_on_hup, the parent also handles SIGHUP, and children
    ignore it. It then replaces the children, one after another: forks the new one, which begins
    where this call returns, waits until a loop with a server turns in it, and sends the old one
    SIGTERM, at which it should drain. What is read after the fork is read anew; what was before, and
@@ -699,6 +721,7 @@ Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/sendfile.h>
+#include <sys/syscall.h>
 #define TCPSRV__LINUX 1
 #else
 #define TCPSRV__LINUX 0
@@ -734,6 +757,13 @@ extern int accept4(int, struct sockaddr *, socklen_t *, int);
 #define TCPSRV__REGEX_FLAGS REG_STARTEND
 #else
 #define TCPSRV__REGEX_FLAGS 0
+#endif
+#if defined(__APPLE__)
+#include <crt_externs.h>
+#define TCPSRV__ENVIRON (*_NSGetEnviron())
+#else
+#define TCPSRV__ENVIRON environ
+extern char **environ;
 #endif
 #if defined(__GLIBC__)
 typedef size_t tcpsrv__iovlen; /* the type of msg_iovlen */
@@ -1907,6 +1937,124 @@ static int tcpsrv__sys_tell(const struct sockaddr *name, socklen_t size, const c
     return err;
 }
 
+static void tcpsrv__sys_set_variable(const char *name, const char *value) {
+    setenv(name, value, 1);
+}
+
+static int tcpsrv__sys_mkdir(const char *path) {
+    return mkdir(path, 0700) != 0 ? -errno : 0;
+}
+
+static void tcpsrv__sys_rmdir(const char *path) {
+    rmdir(path);
+}
+
+static int tcpsrv__sys_datagrams(void) {
+    int err, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    if (fd < 0) return -errno;
+    err = tcpsrv__set_cloexec_nonblock(fd);
+    if (err) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+
+/* A descriptor that is readable when that child has ended; -ENOTSUP and the like: not to be had. */
+#if TCPSRV__LINUX
+#ifdef SYS_pidfd_open
+#define TCPSRV__PIDFD_OPEN SYS_pidfd_open
+#else
+#define TCPSRV__PIDFD_OPEN 434
+#endif
+static int tcpsrv__sys_watch_exit(long pid) {
+    long fd = syscall(TCPSRV__PIDFD_OPEN, pid, 0);
+    return fd < 0 ? -errno : (int)fd;
+}
+#elif defined(EVFILT_PROC)
+static int tcpsrv__sys_watch_exit(long pid) {
+    struct kevent change;
+    int err = 0, fd = kqueue();
+    if (fd < 0) return -errno;
+    EV_SET(&change, (uintptr_t)pid, EVFILT_PROC, EV_ADD | EV_ONESHOT, NOTE_EXIT, 0, 0);
+    if (kevent(fd, &change, 1, NULL, 0, NULL) < 0) err = -errno;
+    if (!err) err = tcpsrv__sys_close_on_exec(fd);
+    if (err) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+#else
+static int tcpsrv__sys_watch_exit(long pid) {
+    (void)pid;
+    return -ENOTSUP;
+}
+#endif
+
+/* What a new program is started with. */
+typedef struct tcpsrv__launch {
+    char *const *argv;
+    char **environment;
+    char *number;                   /* in the environment: its pid */
+    int *fds, count, first;         /* they become first, first + 1, ... */
+    int words_fd;                   /* where it is told if it cannot be run */
+    struct sockaddr_storage name;   /* of that */
+    socklen_t name_size;
+} tcpsrv__launch;
+
+/* From here to its end only what may be called between fork and exec in a process that has threads
+   (signal-safety(7)). */
+static void tcpsrv__print_number(char *text, long number) {
+    char digits[24];
+    int n = 0;
+    do digits[n++] = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    while (n > 0) *text++ = digits[--n];
+    *text = 0;
+}
+
+/* First out of the way of the numbers that they get, among which they may be. */
+static int tcpsrv__launch_fds(tcpsrv__launch *launch) {
+    int i, last = launch->first + launch->count;
+    launch->words_fd = fcntl(launch->words_fd, F_DUPFD_CLOEXEC, last);
+    for (i = 0; i < launch->count; i++) {
+        launch->fds[i] = fcntl(launch->fds[i], F_DUPFD_CLOEXEC, last);
+        if (launch->fds[i] < 0) return -errno;
+    }
+    for (i = 0; i < launch->count; i++)
+        if (dup2(launch->fds[i], launch->first + i) < 0) return -errno;
+    return 0;
+}
+
+static void tcpsrv__launch_become(tcpsrv__launch *launch) {
+    char words[32] = "ERRNO=";
+    int err = tcpsrv__launch_fds(launch);
+    tcpsrv__print_number(launch->number, (long)getpid());
+    TCPSRV__ENVIRON = launch->environment;
+    if (!err) {
+        execvp(launch->argv[0], launch->argv);
+        err = -errno;
+    }
+    tcpsrv__print_number(words + 6, -err);
+    sendto(launch->words_fd, words, strlen(words), TCPSRV__SEND_FLAGS,
+           (const struct sockaddr *)&launch->name, launch->name_size);
+    _exit(127);
+}
+
+/* The pid of the process that becomes that program; -errno. Signals that come meanwhile find it
+   with the dispositions that this process had before the library changed them. */
+static long tcpsrv__sys_launch(tcpsrv__launch *launch) {
+    sigset_t all, before;
+    int signo;
+    pid_t pid;
+    long err;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid = fork();
+    err = -errno;
+    for (signo = 1; pid == 0 && signo < TCPSRV__NSIG; signo++)
+        if (TCPSRV__LOAD(&tcpsrv__signal_fd[signo]))
+            sigaction(signo, &tcpsrv__signal_before[signo], NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (pid == 0) tcpsrv__launch_become(launch);
+    return pid < 0 ? err : (long)pid;
+}
+
 /* What a child of tcpsrv_fork_processes knows of itself; -1 elsewhere. */
 static int tcpsrv__own_task_id = -1;
 static int tcpsrv__lifeline = -1; /* reads the end when the parent is gone */
@@ -1924,6 +2072,7 @@ static tcpsrv__worker *tcpsrv__workers;
 static int tcpsrv__worker_count;
 static int tcpsrv__worker_told;   /* one loop of the process tells its counters */
 static int tcpsrv__reload_wanted; /* by a server, before the fork */
+static char *const *tcpsrv__upgrade_wanted;
 
 /* ==== >>poller ================================================================================ */
 
@@ -2344,6 +2493,7 @@ typedef struct tcpsrv__source tcpsrv__source;
 typedef struct tcpsrv__co tcpsrv__co;
 typedef struct tcpsrv__block tcpsrv__block;
 typedef struct tcpsrv__stack_pool tcpsrv__stack_pool;
+typedef struct tcpsrv__upgrade tcpsrv__upgrade;
 
 typedef struct tcpsrv__class {
     void (*event)(tcpsrv__source *source, int events);
@@ -2414,6 +2564,7 @@ struct tcpsrv_loop {
     int running, stopping, ending;
     int64_t parent_watch;       /* of a forked child, >>server */
     tcpsrv *servers;            /* those that run here */
+    tcpsrv__upgrade *upgrade;   /* >>process */
     void (*turn_end)(const tcpsrv_loop *loop);  /* of a forked child: makes its counters known */
     long pid;
     char *scratch;              /* receive memory that spills are cut from, >>stream */
@@ -6055,6 +6206,16 @@ static void tcpsrv__unix_socket_forget(int fd) {
     tcpsrv__free(file);
 }
 
+static int tcpsrv__unix_owns(int fd) {
+    const tcpsrv__unix_file *file;
+    int owns;
+    pthread_mutex_lock(&tcpsrv__unix_lock);
+    for (file = tcpsrv__unix_files; file && file->fd != fd; file = file->next) continue;
+    owns = file && file->pid == tcpsrv__sys_pid();
+    pthread_mutex_unlock(&tcpsrv__unix_lock);
+    return owns;
+}
+
 /* At the end of a process that only bound them, for its children. */
 static TCPSRV__COLD void tcpsrv__unix_sockets_forget(void) {
     while (tcpsrv__unix_files) tcpsrv__unix_socket_forget(tcpsrv__unix_files->fd);
@@ -6344,18 +6505,31 @@ static TCPSRV__COLD void tcpsrv__keep_names(const char *names) {
     tcpsrv__listen_names_size = size;
 }
 
+/* A socket file that was the predecessor's (tcpsrv_upgrade) is this process's. */
+static TCPSRV__COLD void tcpsrv__adopt(int fd) {
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    tcpsrv_address address;
+    if (tcpsrv__sys_name(fd, &name, &size) != 0) return;
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    if (address.path[0] && address.path[0] != '@') tcpsrv__unix_remember(fd, address.path);
+}
+
 TCPSRV_IMPL int tcpsrv_systemd_sockets(int *fds, int max) {
+    const char *owned = tcpsrv__sys_variable("TCPSRV_OWNED");
     long i, n = tcpsrv__passed_count();
     int err = n < 0 ? (int)n : 0;
     if (n > max) return tcpsrv__fail(-ENOSPC, "systemd_sockets", NULL);
     for (i = 0; i < n && !err; i++) {
         fds[i] = (int)(TCPSRV__FIRST_FD + i);
         err = tcpsrv__sys_close_on_exec(fds[i]);
+        if (!err && owned && strlen(owned) == (size_t)n && owned[i] == '1') tcpsrv__adopt(fds[i]);
     }
     if (n > 0) tcpsrv__keep_names(tcpsrv__sys_variable("LISTEN_FDNAMES"));
     tcpsrv__sys_clear_variable("LISTEN_PID");
     tcpsrv__sys_clear_variable("LISTEN_FDS");
     tcpsrv__sys_clear_variable("LISTEN_FDNAMES");
+    tcpsrv__sys_clear_variable("TCPSRV_OWNED");
     return err ? tcpsrv__fail(err, "systemd_sockets", "LISTEN_FDS") : (int)n;
 }
 
@@ -6366,8 +6540,7 @@ TCPSRV_IMPL const char *tcpsrv_systemd_name(int index) {
     return index == 0 && at < tcpsrv__listen_names_size ? tcpsrv__listen_names + at : "";
 }
 
-TCPSRV_IMPL int tcpsrv_notify(const char *state) {
-    const char *path = tcpsrv__sys_variable("NOTIFY_SOCKET");
+static TCPSRV__COLD int tcpsrv__tell(const char *path, const char *state) {
     struct sockaddr_un name;
     socklen_t size;
     int err;
@@ -6375,6 +6548,30 @@ TCPSRV_IMPL int tcpsrv_notify(const char *state) {
     err = *path == '/' || *path == '@' ? tcpsrv__unix_name(path, &name, &size) : -ENOTSUP;
     if (!err) err = tcpsrv__sys_tell((const struct sockaddr *)&name, size, state);
     return err ? tcpsrv__fail(err, "notify", path) : 0;
+}
+
+/* Whether one of the lines is READY=1. */
+static int tcpsrv__says_ready(const char *words) {
+    const char *at = words;
+    while ((at = strstr(at, "READY=1")) != NULL) {
+        if ((at == words || at[-1] == '\n') && (!at[7] || at[7] == '\n')) return 1;
+        at += 7;
+    }
+    return 0;
+}
+
+/* A successor speaks to its predecessor until it has said that it is ready, and to the service
+   manager that the predecessor had, if any. */
+TCPSRV_IMPL int tcpsrv_notify(const char *state) {
+    const char *manager = tcpsrv__sys_variable("TCPSRV_NOTIFY_SOCKET");
+    int err = tcpsrv__tell(tcpsrv__sys_variable("NOTIFY_SOCKET"), state);
+    if (!manager) return err;
+    if (*manager) err = tcpsrv__tell(manager, state);
+    if (!tcpsrv__says_ready(state)) return err;
+    if (*manager) tcpsrv__sys_set_variable("NOTIFY_SOCKET", manager);
+    else tcpsrv__sys_clear_variable("NOTIFY_SOCKET");
+    tcpsrv__sys_clear_variable("TCPSRV_NOTIFY_SOCKET");
+    return err;
 }
 
 /* ---- errors in words ------------------------------------------------------------------------- */
@@ -6902,6 +7099,7 @@ struct tcpsrv {
     int64_t pause_ms;
     tcpsrv__timer pause_timer, drain_timer;
     uint64_t drain_due;
+    int64_t upgrade_call;           /* at SIGUSR2 */
     tcpsrv__drain_signal *drain_signals;
     tcpsrv__network *trusted;       /* and the text they were read from */
     size_t trusted_count;
@@ -7010,6 +7208,7 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv__slot_release(source->loop, source->id);
     tcpsrv__server_unlink(server);
     server->loop = NULL;
+    server->upgrade_call = 0;
     for (drain = server->drain_signals; drain; drain = drain->next) drain->id = 0;
     tcpsrv__server_settle(server);
 }
@@ -7469,7 +7668,8 @@ static TCPSRV__COLD int tcpsrv__accept_failed(tcpsrv__listener *listener, int er
     return 0;
 }
 
-/* Linux wakes the one that queued up last first: queueing up anew now and then shares the load. */
+/* Linux wakes the one that queued up first, again and again: queueing up anew now and then shares
+   the load. */
 static void tcpsrv__listener_requeue(tcpsrv__listener *listener) {
     if (tcpsrv_task_id() < 0 || ++listener->accepted < TCPSRV__READD) return;
     listener->accepted = 0;
@@ -7654,9 +7854,28 @@ static TCPSRV__COLD int tcpsrv__drain_signals_claim(tcpsrv *server) {
     return 0;
 }
 
+static TCPSRV__COLD void tcpsrv__upgrade_signalled(int signo, void *arg) {
+    tcpsrv *server = (tcpsrv *)arg;
+    int err = tcpsrv_upgrade(server->owner.options.upgrade_on_usr2, -1);
+    (void)signo;
+    if (err) tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "upgrade", NULL);
+}
+
+/* What signals do to it. In a worker SIGUSR2 is the parent's. */
+static TCPSRV__COLD int tcpsrv__server_signals(tcpsrv *server) {
+    int64_t id;
+    if (server->owner.options.upgrade_on_usr2 && tcpsrv_task_id() < 0) {
+        id = tcpsrv_on_signal(server->loop, SIGUSR2, tcpsrv__upgrade_signalled, server);
+        if (id < 0) return (int)id;
+        server->upgrade_call = id;
+    }
+    return tcpsrv__drain_signals_claim(server);
+}
+
 /* The server belongs to a loop from now on. */
 static int tcpsrv__server_attach(tcpsrv *server) {
     tcpsrv_loop *loop = server->loop;
+    tcpsrv **last;
     int err;
     if (loop) return 0;
     loop = server->owner.options.loop ? server->owner.options.loop : tcpsrv_loop_default();
@@ -7666,12 +7885,13 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     if (err) return err;
     tcpsrv__join_family(loop);
     server->loop = loop;
-    server->next = loop->servers;
-    loop->servers = server;
+    for (last = &loop->servers; *last;) last = &(*last)->next;
+    server->next = NULL;
+    *last = server;
     tcpsrv__timer_arm(loop, &server->pause_timer, TCPSRV__NEVER);
     tcpsrv__timer_arm(loop, &server->drain_timer, TCPSRV__NEVER);
     if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
-    return tcpsrv__drain_signals_claim(server);
+    return tcpsrv__server_signals(server);
 }
 
 static int tcpsrv__prepare_socket(tcpsrv *server, int fd) {
@@ -7787,6 +8007,7 @@ TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
     server->freed = 1;
     for (drain = server->drain_signals; drain && server->loop; drain = drain->next)
         tcpsrv_cancel(server->loop, drain->id);
+    if (server->loop) tcpsrv_cancel(server->loop, server->upgrade_call);
     tcpsrv_stop(server);
     tcpsrv__abort_all(server);
     tcpsrv__server_settle(server);
@@ -7904,6 +8125,7 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     }
     server->owner.options = *options;
     if (options->reload_on_hup) TCPSRV__STORE(&tcpsrv__reload_wanted, 1);
+    if (options->upgrade_on_usr2) TCPSRV__STORE(&tcpsrv__upgrade_wanted, options->upgrade_on_usr2);
     tcpsrv__owner_fill(&server->owner);
     if (tcpsrv__trusted_parse(server) != 0) {
         tcpsrv__free(server);
@@ -7948,10 +8170,382 @@ enum {
     TCPSRV__RESTART_MAX_MS = 30000,
     TCPSRV__SETTLED_MS = 10000,     /* a child that lived so long is no crash loop */
     TCPSRV__GIVE_UP_MS = 10000,     /* for the others to end when the parent gives up */
-    TCPSRV__FAMILY_SIGNALS = 5
+    TCPSRV__FAMILY_SIGNALS = 6,
+    TCPSRV__MOST_LISTENERS_AT = 65536 /* descriptors of a parent that are looked at */
 };
 
 static int tcpsrv__ready_ms = 30000; /* for a new process to begin to serve */
+
+TCPSRV_IMPL int tcpsrv_task_id(void) {
+    return tcpsrv__own_task_id;
+}
+
+TCPSRV_IMPL int tcpsrv_cpu_count(void) {
+    int count = tcpsrv__sys_cpu_count();
+    return count > 0 ? count : 1;
+}
+
+enum { TCPSRV__STATUS_TEXT = 40 };
+
+static TCPSRV__COLD const char *tcpsrv__status_text(int status, char *text) {
+    int killed = WIFSIGNALED(status);
+    snprintf(text, TCPSRV__STATUS_TEXT, "%s %d", killed ? "killed by signal" : "exit status",
+             killed ? WTERMSIG(status) : WEXITSTATUS(status));
+    return text;
+}
+
+/* ---- the successor --------------------------------------------------------------------------- */
+
+/* Another program that is to take over the listening sockets. It is spoken to as a service manager
+   would do it, so that any program that knows how to be one's service can be a successor. */
+typedef struct tcpsrv__successor {
+    long pid;                       /* 0: none */
+    const char *program;
+    int *fds, count;                /* the listening sockets, that stay those of this process */
+    int words_fd;                   /* its NOTIFY_SOCKET; -1: none */
+    char place[sizeof(struct sockaddr_un)]; /* of that, in a directory of its own */
+    int error;                      /* why it could not be run */
+    int ready, late;
+    uint64_t due;
+} tcpsrv__successor;
+
+static TCPSRV__COLD void tcpsrv__successor_close(tcpsrv__successor *successor) {
+    if (successor->words_fd >= 0) {
+        tcpsrv__sys_close(successor->words_fd);
+        tcpsrv__sys_unlink(successor->place);
+        *strrchr(successor->place, '/') = 0;
+        tcpsrv__sys_rmdir(successor->place);
+    }
+    tcpsrv__free(successor->fds);
+    successor->fds = NULL;
+    successor->words_fd = -1;
+}
+
+/* Nobody else may speak there: the directory is this user's alone. */
+static TCPSRV__COLD int tcpsrv__successor_listen(tcpsrv__successor *successor) {
+    const char *base = tcpsrv__sys_variable("TMPDIR");
+    struct sockaddr_un name;
+    socklen_t size;
+    size_t length;
+    int err;
+    if (!base || !*base) base = "/tmp";
+    length = (size_t)snprintf(successor->place, sizeof successor->place, "%s/tcpsrv-%ld-%llx", base,
+                              tcpsrv__sys_pid(), (unsigned long long)tcpsrv__clock_ns());
+    if (length + sizeof "/notify" > sizeof name.sun_path) return -ENAMETOOLONG;
+    err = tcpsrv__sys_mkdir(successor->place);
+    if (err) return err;
+    memcpy(successor->place + length, "/notify", sizeof "/notify");
+    err = tcpsrv__unix_name(successor->place, &name, &size);
+    if (!err) err = successor->words_fd = tcpsrv__sys_datagrams();
+    if (err >= 0) err = tcpsrv__sys_bind(err, (const struct sockaddr *)&name, size);
+    if (!err) return 0;
+    if (successor->words_fd >= 0) tcpsrv__sys_close(successor->words_fd);
+    successor->words_fd = -1;
+    successor->place[length] = 0;
+    tcpsrv__sys_rmdir(successor->place);
+    return err;
+}
+
+/* The name that it had when it was passed to this process; else its port, or its path. */
+static TCPSRV__COLD void tcpsrv__listener_name(int fd, char *text, size_t size) {
+    const char *passed = fd < TCPSRV__FIRST_FD ? "" : tcpsrv_systemd_name(fd - TCPSRV__FIRST_FD);
+    struct sockaddr_storage name;
+    socklen_t length = sizeof name;
+    tcpsrv_address address;
+    memset(&address, 0, sizeof address);
+    if (!*passed && tcpsrv__sys_name(fd, &name, &length) == 0)
+        tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, length);
+    if (*passed) snprintf(text, size, "%s", passed);
+    else if (address.path[0]) snprintf(text, size, "%s", address.path);
+    else snprintf(text, size, "%d", (int)address.port);
+    for (; *text; text++)
+        if (*text == ':' || *text == '=' || *text < ' ') *text = '_';
+}
+
+enum { TCPSRV__NAME_SIZE = 256, TCPSRV__VARIABLES = 6 };
+
+static const char *const tcpsrv__successor_variables[TCPSRV__VARIABLES] = {
+    "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "NOTIFY_SOCKET=", "TCPSRV_NOTIFY_SOCKET=",
+    "TCPSRV_OWNED="
+};
+
+static TCPSRV__COLD int tcpsrv__is_successors(const char *variable) {
+    int i;
+    for (i = 0; i < TCPSRV__VARIABLES; i++) {
+        const char *own = tcpsrv__successor_variables[i];
+        if (strncmp(variable, own, strlen(own)) == 0) return 1;
+    }
+    return 0;
+}
+
+/* Of the text, what a variable's value takes. */
+static TCPSRV__COLD void tcpsrv__successor_value(const tcpsrv__successor *successor, int variable,
+                                                 char *text, size_t size) {
+    const char *manager = tcpsrv__sys_variable("TCPSRV_NOTIFY_SOCKET");
+    size_t length = 0;
+    int i;
+    if (!manager) manager = tcpsrv__sys_variable("NOTIFY_SOCKET");
+    *text = 0;
+    if (variable == 1) snprintf(text, size, "%d", successor->count);
+    if (variable == 3) snprintf(text, size, "%s", successor->place);
+    if (variable == 4) snprintf(text, size, "%s", manager ? manager : "");
+    for (i = 0; i < successor->count && (variable == 2 || variable == 5); i++) {
+        if (variable == 5) {
+            text[length++] = tcpsrv__unix_owns(successor->fds[i]) ? '1' : '0';
+            text[length] = 0;
+            continue;
+        }
+        if (i) text[length++] = ':';
+        tcpsrv__listener_name(successor->fds[i], text + length, TCPSRV__NAME_SIZE);
+        length += strlen(text + length);
+    }
+}
+
+/* This process's own, with the successor's variables instead of those of their names. One block; in
+   *number is where LISTEN_PID's will be written. NULL: no memory. */
+static TCPSRV__COLD char **tcpsrv__successor_environment(const tcpsrv__successor *successor,
+                                                         char **number) {
+    char **own = TCPSRV__ENVIRON, **made, *text;
+    size_t room = (size_t)(successor->count + 2) * (TCPSRV__NAME_SIZE + 1), count = 0, i, n = 0;
+    while (own && own[count]) count++;
+    made = (char **)tcpsrv__alloc((count + TCPSRV__VARIABLES + 1) * sizeof *made +
+                                  TCPSRV__VARIABLES * (room + 32));
+    if (!made) return NULL;
+    text = (char *)(made + count + TCPSRV__VARIABLES + 1);
+    for (i = 0; i < count; i++)
+        if (!tcpsrv__is_successors(own[i])) made[n++] = own[i];
+    for (i = 0; i < TCPSRV__VARIABLES; i++) {
+        size_t length = strlen(tcpsrv__successor_variables[i]);
+        made[n++] = text;
+        memcpy(text, tcpsrv__successor_variables[i], length);
+        if (i == 0) *number = text + length;
+        tcpsrv__successor_value(successor, (int)i, text + length, room);
+        text += room + 32;
+    }
+    return made;
+}
+
+static TCPSRV__COLD int tcpsrv__successor_start(tcpsrv__successor *successor, char *const *argv) {
+    tcpsrv__launch launch;
+    int err;
+    memset(&launch, 0, sizeof launch);
+    launch.argv = argv;
+    launch.first = TCPSRV__FIRST_FD;
+    launch.count = successor->count;
+    launch.fds = (int *)tcpsrv__alloc((size_t)successor->count * sizeof *launch.fds);
+    launch.environment = tcpsrv__successor_environment(successor, &launch.number);
+    launch.words_fd = successor->words_fd;
+    launch.name_size = sizeof launch.name;
+    err = launch.fds && launch.environment ? 0 : -ENOMEM;
+    if (!err) {
+        memcpy(launch.fds, successor->fds, (size_t)successor->count * sizeof *launch.fds);
+        err = tcpsrv__sys_name(successor->words_fd, &launch.name, &launch.name_size);
+    }
+    if (!err) successor->pid = tcpsrv__sys_launch(&launch);
+    if (successor->pid < 0) err = (int)successor->pid;
+    tcpsrv__free(launch.fds);
+    tcpsrv__free(launch.environment);
+    successor->program = argv[0];
+    successor->due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(tcpsrv__ready_ms);
+    return err;
+}
+
+/* Whatever it has said so far. */
+static TCPSRV__COLD void tcpsrv__successor_hear(tcpsrv__successor *successor) {
+    char words[1024];
+    struct iovec piece;
+    long n;
+    piece.iov_base = words;
+    piece.iov_len = sizeof words - 1;
+    while (successor->words_fd >= 0 &&
+           (n = tcpsrv__sys_readv(successor->words_fd, &piece, 1)) >= 0) {
+        words[n] = 0;
+        if (tcpsrv__says_ready(words) && !successor->late) successor->ready = 1;
+        if (strncmp(words, "ERRNO=", 6) == 0)
+            successor->error = (int)tcpsrv__decimal(words + 6, 65535);
+    }
+}
+
+/* It serves: the files of Unix sockets are its own from now on, and a service manager is told whom
+   to look at. */
+static TCPSRV__COLD void tcpsrv__successor_takes_over(tcpsrv__successor *successor) {
+    char state[40];
+    int i;
+    for (i = 0; i < successor->count; i++) tcpsrv__free(tcpsrv__unix_take(successor->fds[i]));
+    snprintf(state, sizeof state, "MAINPID=%ld", successor->pid);
+    tcpsrv_notify(state);
+    tcpsrv__successor_close(successor);
+}
+
+/* Why nothing came of it: what it said itself, or how it ended. */
+static TCPSRV__COLD const char *tcpsrv__successor_text(const tcpsrv__successor *successor,
+                                                       const char *how, char *line, size_t size) {
+    if (successor->error > 0) how = tcpsrv_strerror(-successor->error);
+    snprintf(line, size, "upgrade failed: %.100s, pid %ld: %s: this process goes on",
+             successor->program, successor->pid, how);
+    return line;
+}
+
+/* Its time is over: told to end, it is not believed any more. */
+static TCPSRV__COLD const char *tcpsrv__successor_late(tcpsrv__successor *successor, char *line,
+                                                       size_t size) {
+    successor->late = 1;
+    tcpsrv__sys_kill(successor->pid, SIGTERM);
+    return tcpsrv__successor_text(successor, "not ready in time and told to end", line, size);
+}
+
+/* ---- upgrade of a process without workers ---------------------------------------------------- */
+
+struct tcpsrv__upgrade {
+    tcpsrv__source source;
+    tcpsrv__timer timer;
+    tcpsrv__successor successor;
+    int polled;
+    int exit_fd;                    /* readable when the successor has ended; -1: not known */
+    int64_t exit_watch, drain_ms;
+};
+
+static TCPSRV__COLD void tcpsrv__upgrade_log(const tcpsrv_loop *loop, int level, const char *line) {
+    if (loop->servers) tcpsrv__log(loop->servers, level, line);
+    else tcpsrv__log_default(level, line);
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_hush(tcpsrv__upgrade *upgrade) {
+    if (upgrade->polled)
+        tcpsrv__poller_remove(&upgrade->source.loop->poller, upgrade->successor.words_fd);
+    upgrade->polled = 0;
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_end(tcpsrv__source *source) {
+    tcpsrv__upgrade *upgrade = TCPSRV__CONTAINER(tcpsrv__upgrade, source, source);
+    tcpsrv_loop *loop = source->loop;
+    tcpsrv__timer_cancel(loop, &upgrade->timer);
+    if (upgrade->exit_watch > 0) tcpsrv_cancel(loop, upgrade->exit_watch);
+    if (upgrade->exit_fd >= 0) tcpsrv__sys_close(upgrade->exit_fd);
+    tcpsrv__upgrade_hush(upgrade);
+    tcpsrv__successor_close(&upgrade->successor);
+    loop->upgrade = NULL;
+    tcpsrv__source_end(source);
+}
+
+/* Collects the successor if it has ended, which is the end of the upgrade, in vain or not. */
+static TCPSRV__COLD int tcpsrv__upgrade_reap(tcpsrv__upgrade *upgrade) {
+    tcpsrv__successor *successor = &upgrade->successor;
+    char how[TCPSRV__STATUS_TEXT], line[320];
+    int status = 0;
+    if (!tcpsrv__sys_reap(successor->pid, &status, 0)) return 0;
+    tcpsrv__successor_hear(successor);
+    tcpsrv__status_text(status, how);
+    if (!successor->ready && !successor->late)
+        tcpsrv__upgrade_log(upgrade->source.loop, TCPSRV_LOG_ERROR,
+                            tcpsrv__successor_text(successor, how, line, sizeof line));
+    tcpsrv__upgrade_end(&upgrade->source);
+    return 1;
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_exit(int fd, int events, void *arg) {
+    (void)fd, (void)events;
+    tcpsrv__upgrade_reap((tcpsrv__upgrade *)arg);
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv__upgrade *upgrade = TCPSRV__CONTAINER(tcpsrv__upgrade, timer, timer);
+    char line[320];
+    tcpsrv__timer_arm(loop, timer, loop->now + tcpsrv__ms_to_ns(tcpsrv__ready_ms));
+    if (tcpsrv__upgrade_reap(upgrade)) return;
+    tcpsrv__upgrade_log(loop, TCPSRV_LOG_ERROR,
+                        tcpsrv__successor_late(&upgrade->successor, line, sizeof line));
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int events) {
+    tcpsrv__upgrade *upgrade = TCPSRV__CONTAINER(tcpsrv__upgrade, source, source);
+    tcpsrv_loop *loop = source->loop;
+    tcpsrv *server;
+    (void)events;
+    tcpsrv__successor_hear(&upgrade->successor);
+    if (!upgrade->successor.ready) return;
+    tcpsrv__upgrade_log(loop, TCPSRV_LOG_INFO, "upgrade: the successor serves: draining");
+    tcpsrv__timer_arm(loop, &upgrade->timer, TCPSRV__NEVER);
+    tcpsrv__upgrade_hush(upgrade);
+    tcpsrv__successor_takes_over(&upgrade->successor);
+    for (server = loop->servers; server; server = server->next)
+        tcpsrv_drain(server, upgrade->drain_ms);
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_destroy(tcpsrv__source *source) {
+    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__upgrade, source, source));
+}
+
+static const tcpsrv__class tcpsrv__upgrade_class = {
+    tcpsrv__upgrade_words, NULL, NULL, NULL, tcpsrv__upgrade_end, tcpsrv__upgrade_destroy
+};
+
+/* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
+static TCPSRV__COLD int *tcpsrv__loop_listeners(const tcpsrv_loop *loop, int *count) {
+    const tcpsrv__listener *listener;
+    const tcpsrv *server;
+    int *fds, n = 0;
+    for (server = loop->servers; server; server = server->next)
+        for (listener = server->listeners; listener; listener = listener->next) n++;
+    fds = n ? (int *)tcpsrv__alloc((size_t)n * sizeof *fds) : NULL;
+    *count = 0;
+    for (server = fds ? loop->servers : NULL; server; server = server->next)
+        for (listener = server->listeners; listener; listener = listener->next)
+            fds[(*count)++] = listener->source.fd;
+    return fds;
+}
+
+/* Whatever can fail comes before the successor runs, but for what only tells of its end. */
+static TCPSRV__COLD int tcpsrv__upgrade_begin(tcpsrv__upgrade *upgrade, char *const *argv) {
+    tcpsrv_loop *loop = upgrade->source.loop;
+    tcpsrv__successor *successor = &upgrade->successor;
+    int err = tcpsrv__successor_listen(successor);
+    if (err) return tcpsrv__fail(err, "upgrade", successor->place);
+    upgrade->source.fd = successor->words_fd;
+    err = tcpsrv__timer_arm(loop, &upgrade->timer,
+                            tcpsrv__clock_ns() + tcpsrv__ms_to_ns(tcpsrv__ready_ms));
+    if (!err) err = tcpsrv__poller_add_watch(&loop->poller, successor->words_fd,
+                                             upgrade->source.id, TCPSRV_READ);
+    upgrade->polled = !err;
+    if (!err) err = tcpsrv__successor_start(successor, argv);
+    if (err) return tcpsrv__fail(err, "upgrade", argv[0]);
+    upgrade->exit_fd = tcpsrv__sys_watch_exit(successor->pid);
+    if (upgrade->exit_fd >= 0)
+        upgrade->exit_watch = tcpsrv_watch_fd(loop, upgrade->exit_fd, TCPSRV_READ,
+                                              tcpsrv__upgrade_exit, upgrade);
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__upgrade_allowed(const tcpsrv_loop *loop, char *const *argv) {
+    if (!argv || !argv[0]) return -EINVAL;
+    if (tcpsrv__own_task_id >= 0) return -EPERM;
+    return loop->upgrade ? TCPSRV_EBUSY : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_upgrade(char *const *argv, int64_t drain_ms) {
+    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv__upgrade *upgrade = NULL;
+    int err = loop ? tcpsrv__upgrade_allowed(loop, argv) : tcpsrv__thread()->error;
+    if (!err && !loop->servers) err = -ENOENT;
+    if (!err) upgrade = (tcpsrv__upgrade *)tcpsrv__alloc(sizeof *upgrade);
+    if (!err && !upgrade) err = -ENOMEM;
+    if (!err) err = tcpsrv__source_init(&upgrade->source, &tcpsrv__upgrade_class, loop, -1);
+    if (err) {
+        tcpsrv__free(upgrade);
+        return tcpsrv__fail(err, "upgrade", argv ? argv[0] : NULL);
+    }
+    loop->upgrade = upgrade;
+    upgrade->drain_ms = drain_ms;
+    upgrade->timer.fire = tcpsrv__upgrade_fire;
+    upgrade->exit_fd = upgrade->successor.words_fd = -1;
+    upgrade->successor.fds = tcpsrv__loop_listeners(loop, &upgrade->successor.count);
+    err = upgrade->successor.fds ? tcpsrv__upgrade_begin(upgrade, argv)
+                                 : tcpsrv__fail(-ENOENT, "upgrade", argv[0]);
+    if (err) tcpsrv__upgrade_end(&upgrade->source);
+    return err;
+}
+
+/* ---- the family ----------------------------------------------------------------------------- */
 
 typedef struct tcpsrv__child {
     long pid;                       /* 0: not running */
@@ -7989,16 +8583,8 @@ typedef struct tcpsrv__family {
     void *log_user;
     tcpsrv__reload reload;
     tcpsrv__leaver *leavers;
+    tcpsrv__successor successor;
 } tcpsrv__family;
-
-TCPSRV_IMPL int tcpsrv_task_id(void) {
-    return tcpsrv__own_task_id;
-}
-
-TCPSRV_IMPL int tcpsrv_cpu_count(void) {
-    int count = tcpsrv__sys_cpu_count();
-    return count > 0 ? count : 1;
-}
 
 /* ---- counters -------------------------------------------------------------------------------- */
 
@@ -8020,7 +8606,7 @@ TCPSRV_IMPL int tcpsrv_worker_stats(int task_id, tcpsrv_stats *stats) {
     return pid ? (int)pid : tcpsrv__fail(-ESRCH, "worker_stats", NULL);
 }
 
-static void tcpsrv__worker_begin(int task_id) {
+static TCPSRV__COLD void tcpsrv__worker_begin(int task_id) {
     tcpsrv__worker *worker = &tcpsrv__workers[task_id];
     tcpsrv_stats none;
     memset(&none, 0, sizeof none);
@@ -8028,13 +8614,13 @@ static void tcpsrv__worker_begin(int task_id) {
     tcpsrv__worker_write(worker, &none);
 }
 
-static void tcpsrv__workers_unmap(void) {
+static TCPSRV__COLD void tcpsrv__workers_unmap(void) {
     tcpsrv__sys_unmap_shared(tcpsrv__workers,
                              (size_t)tcpsrv__worker_count * sizeof *tcpsrv__workers);
     TCPSRV__STORE(&tcpsrv__workers, NULL);
 }
 
-static int tcpsrv__workers_map(int count) {
+static TCPSRV__COLD int tcpsrv__workers_map(int count) {
     void *memory = tcpsrv__sys_map_shared((size_t)count * sizeof *tcpsrv__workers);
     if (!memory) return -ENOMEM;
     tcpsrv__worker_count = count;
@@ -8056,15 +8642,6 @@ static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int le
     va_end(arguments);
     if (family->log) family->log(level, line, family->log_user);
     else tcpsrv__log_default(level, line);
-}
-
-enum { TCPSRV__STATUS_TEXT = 40 };
-
-static const char *tcpsrv__status_text(int status, char *text) {
-    int killed = WIFSIGNALED(status);
-    snprintf(text, TCPSRV__STATUS_TEXT, "%s %d", killed ? "killed by signal" : "exit status",
-             killed ? WTERMSIG(status) : WEXITSTATUS(status));
-    return text;
 }
 
 static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
@@ -8092,54 +8669,56 @@ static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
 
 /* ---- signals --------------------------------------------------------------------------------- */
 
-static void tcpsrv__family_release(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_release(tcpsrv__family *family) {
     while (family->signal_count > 0)
         tcpsrv__sys_restore_signal(family->signals[--family->signal_count]);
 }
 
-static int tcpsrv__family_catch(tcpsrv__family *family, int signo) {
+static TCPSRV__COLD int tcpsrv__family_catch(tcpsrv__family *family, int signo) {
     int err = tcpsrv__sys_catch_signal(signo, family->waker.write_fd);
     if (!err) family->signals[family->signal_count++] = signo;
     return err;
 }
 
 /* SIGUSR1 only where the program has no use of its own for it. */
-static int tcpsrv__family_signals(tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__family_signals(tcpsrv__family *family) {
     int err = tcpsrv__family_catch(family, SIGTERM);
     if (!err) err = tcpsrv__family_catch(family, SIGINT);
     if (!err) err = tcpsrv__family_catch(family, SIGCHLD);
     if (!err && TCPSRV__LOAD(&tcpsrv__reload_wanted)) err = tcpsrv__family_catch(family, SIGHUP);
     if (!err && tcpsrv__sys_signal_is_free(SIGUSR1)) err = tcpsrv__family_catch(family, SIGUSR1);
+    if (!err && TCPSRV__LOAD(&tcpsrv__upgrade_wanted)) err = tcpsrv__family_catch(family, SIGUSR2);
     if (err) tcpsrv__family_release(family);
     return err;
 }
 
-static int tcpsrv__family_told(const tcpsrv__family *family, int signo) {
+static TCPSRV__COLD int tcpsrv__family_told(const tcpsrv__family *family, int signo) {
     int i;
     for (i = 0; i < family->signal_count; i++)
         if (family->signals[i] == signo) return tcpsrv__signal_take(signo);
     return 0;
 }
 
-static void tcpsrv__family_hold(const tcpsrv__family *family, int hold) {
+static TCPSRV__COLD void tcpsrv__family_hold(const tcpsrv__family *family, int hold) {
     tcpsrv__sys_hold_signals(family->signals, family->signal_count, hold);
 }
 
 /* ---- the family's own life ------------------------------------------------------------------- */
 
-static void tcpsrv__family_free(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_free(tcpsrv__family *family) {
     while (family->leavers) {
         tcpsrv__leaver *leaver = family->leavers;
         family->leavers = leaver->next;
         tcpsrv__free(leaver);
     }
+    tcpsrv__free(family->successor.fds);
     tcpsrv__free(family->reload.room);
     tcpsrv__free(family->children);
     tcpsrv__free(family);
 }
 
 /* All but the lifeline's end that children read. */
-static void tcpsrv__family_restore(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_restore(tcpsrv__family *family) {
     tcpsrv__family_release(family);
     tcpsrv__waker_close(&family->waker);
     tcpsrv__sys_close(family->lifeline[1]);
@@ -8148,11 +8727,12 @@ static void tcpsrv__family_restore(tcpsrv__family *family) {
 
 /* In the child: as if nothing had been done to the process, but for the number, the lifeline, and
    the signals that a terminal sends to all and the parent hands on as SIGTERM or heeds. */
-static void tcpsrv__child_begin(tcpsrv__family *family, int task_id, int ready_fd) {
+static TCPSRV__COLD void tcpsrv__child_begin(tcpsrv__family *family, int task_id, int ready_fd) {
     long parent = family->pid;
     int signals[TCPSRV__FAMILY_SIGNALS], count = family->signal_count;
     memcpy(signals, family->signals, sizeof signals);
     tcpsrv__family_restore(family);
+    if (family->successor.words_fd >= 0) tcpsrv__sys_close(family->successor.words_fd);
     tcpsrv__sys_ignore_signal(SIGINT);
     if (TCPSRV__LOAD(&tcpsrv__reload_wanted)) tcpsrv__sys_ignore_signal(SIGHUP);
     tcpsrv__lifeline = family->lifeline[0];
@@ -8167,7 +8747,7 @@ static void tcpsrv__child_begin(tcpsrv__family *family, int task_id, int ready_f
 
 /* 0 in the child; the pid, or a code, in the parent. Signals are held meanwhile: one that comes to
    the child before its dispositions are its own must not meet the parent's handler. */
-static long tcpsrv__child_fork(tcpsrv__family *family, int task_id, int ready_fd) {
+static TCPSRV__COLD long tcpsrv__child_fork(tcpsrv__family *family, int task_id, int ready_fd) {
     long pid;
     tcpsrv__family_hold(family, 1);
     pid = tcpsrv__sys_fork();
@@ -8177,7 +8757,7 @@ static long tcpsrv__child_fork(tcpsrv__family *family, int task_id, int ready_fd
 }
 
 /* 1 in the child; 0, or a code, in the parent. */
-static int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
+static TCPSRV__COLD int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
     long pid = tcpsrv__child_fork(family, task_id, -1);
     if (pid <= 0) return pid == 0 ? 1 : (int)pid;
     family->children[task_id].pid = pid;
@@ -8185,19 +8765,21 @@ static int tcpsrv__child_start(tcpsrv__family *family, int task_id) {
     return 0;
 }
 
-static void tcpsrv__family_kill(tcpsrv__family *family, int signo) {
+static TCPSRV__COLD void tcpsrv__family_kill(tcpsrv__family *family, int signo) {
     const tcpsrv__leaver *leaver;
     int i;
     for (i = 0; i < family->count; i++)
         if (family->children[i].pid) tcpsrv__sys_kill(family->children[i].pid, signo);
     if (family->reload.pid) tcpsrv__sys_kill(family->reload.pid, signo);
+    if (family->successor.pid && !family->successor.ready)
+        tcpsrv__sys_kill(family->successor.pid, signo);
     if (signo != SIGKILL) return; /* leavers had their SIGTERM */
     for (leaver = family->leavers; leaver; leaver = leaver->next)
         tcpsrv__sys_kill(leaver->pid, signo);
 }
 
 /* No more restarts; the running ones get SIGTERM once. */
-static void tcpsrv__family_end(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_end(tcpsrv__family *family) {
     int i;
     family->ending = 1;
     for (i = 0; i < family->count; i++)
@@ -8205,7 +8787,7 @@ static void tcpsrv__family_end(tcpsrv__family *family) {
     tcpsrv__family_kill(family, SIGTERM);
 }
 
-static int tcpsrv__family_alive(const tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__family_alive(const tcpsrv__family *family) {
     int i, alive = family->leavers != NULL || family->reload.pid != 0;
     for (i = 0; i < family->count; i++) alive += !family->children[i].ended;
     return alive;
@@ -8213,7 +8795,8 @@ static int tcpsrv__family_alive(const tcpsrv__family *family) {
 
 /* ---- the end of a child, and its restart ----------------------------------------------------- */
 
-static void tcpsrv__give_up(tcpsrv__family *family, int task_id, const char *how, int restarts) {
+static TCPSRV__COLD void tcpsrv__give_up(tcpsrv__family *family, int task_id, const char *how,
+                                         int restarts) {
     tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
                        "child %d crashed: %s: giving up after %d restarts, %d of them its own",
                        task_id, how, restarts, family->children[task_id].restarts);
@@ -8222,7 +8805,8 @@ static void tcpsrv__give_up(tcpsrv__family *family, int task_id, const char *how
     tcpsrv__family_end(family);
 }
 
-static void tcpsrv__child_crashed(tcpsrv__family *family, int task_id, const char *how) {
+static TCPSRV__COLD void tcpsrv__child_crashed(tcpsrv__family *family, int task_id,
+                                               const char *how) {
     tcpsrv__child *child = &family->children[task_id];
     uint64_t now = tcpsrv__clock_ns();
     if (family->restarts_left == 0) {
@@ -8241,11 +8825,11 @@ static void tcpsrv__child_crashed(tcpsrv__family *family, int task_id, const cha
     if (child->pause_ms > TCPSRV__RESTART_MAX_MS) child->pause_ms = TCPSRV__RESTART_MAX_MS;
 }
 
-static int tcpsrv__is_replaced(const tcpsrv__family *family, int task_id) {
+static TCPSRV__COLD int tcpsrv__is_replaced(const tcpsrv__family *family, int task_id) {
     return family->reload.pid && family->reload.task_id == task_id;
 }
 
-static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status) {
+static TCPSRV__COLD void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status) {
     tcpsrv__child *child = &family->children[task_id];
     char how[TCPSRV__STATUS_TEXT];
     tcpsrv__status_text(status, how);
@@ -8262,7 +8846,7 @@ static void tcpsrv__child_ended(tcpsrv__family *family, int task_id, int status)
 }
 
 /* Restarts those whose pause is over. 1 in a child. */
-static int tcpsrv__family_restart(tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__family_restart(tcpsrv__family *family) {
     int i, err;
     for (i = 0; i < family->count; i++) {
         tcpsrv__child *child = &family->children[i];
@@ -8278,7 +8862,7 @@ static int tcpsrv__family_restart(tcpsrv__family *family) {
 /* ---- reload ---------------------------------------------------------------------------------- */
 
 /* The replacement is the child from now on, or is none; the next one's turn, or the end. */
-static void tcpsrv__reload_clear(tcpsrv__family *family, int next) {
+static TCPSRV__COLD void tcpsrv__reload_clear(tcpsrv__family *family, int next) {
     tcpsrv__reload *reload = &family->reload;
     if (reload->ready_fd >= 0) tcpsrv__sys_close(reload->ready_fd);
     tcpsrv__free(reload->room);
@@ -8292,7 +8876,7 @@ static void tcpsrv__reload_clear(tcpsrv__family *family, int next) {
     reload->again = 0;
 }
 
-static void tcpsrv__add_leaver(tcpsrv__family *family, long pid) {
+static TCPSRV__COLD void tcpsrv__add_leaver(tcpsrv__family *family, long pid) {
     tcpsrv__leaver *leaver = family->reload.room;
     family->reload.room = NULL;
     leaver->pid = pid;
@@ -8302,7 +8886,7 @@ static void tcpsrv__add_leaver(tcpsrv__family *family, long pid) {
     tcpsrv__sys_kill(pid, SIGTERM);
 }
 
-static void tcpsrv__reload_failed(tcpsrv__family *family, const char *why) {
+static TCPSRV__COLD void tcpsrv__reload_failed(tcpsrv__family *family, const char *why) {
     int task_id = family->reload.task_id;
     TCPSRV__STORE_WORD(&tcpsrv__workers[task_id].pid, (size_t)family->children[task_id].pid);
     tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
@@ -8312,7 +8896,7 @@ static void tcpsrv__reload_failed(tcpsrv__family *family, const char *why) {
 }
 
 /* The one that serves takes over, the old one is told to end. */
-static void tcpsrv__reload_served(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__reload_served(tcpsrv__family *family) {
     tcpsrv__child *child = &family->children[family->reload.task_id];
     if (child->pid) tcpsrv__add_leaver(family, child->pid);
     child->pid = family->reload.pid;
@@ -8324,7 +8908,7 @@ static void tcpsrv__reload_served(tcpsrv__family *family) {
 
 /* A replacement has ended before it served. Where the old one has crashed meanwhile, the number is
    without a process, and restarted as after any crash. */
-static void tcpsrv__replacement_ended(tcpsrv__family *family, int status) {
+static TCPSRV__COLD void tcpsrv__replacement_ended(tcpsrv__family *family, int status) {
     int task_id = family->reload.task_id;
     char how[TCPSRV__STATUS_TEXT];
     tcpsrv__status_text(status, how);
@@ -8337,7 +8921,7 @@ static void tcpsrv__replacement_ended(tcpsrv__family *family, int status) {
         tcpsrv__child_crashed(family, task_id, how);
 }
 
-static void tcpsrv__reload_watch(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__reload_watch(tcpsrv__family *family) {
     tcpsrv__reload *reload = &family->reload;
     struct iovec piece;
     char byte;
@@ -8358,7 +8942,7 @@ static void tcpsrv__reload_watch(tcpsrv__family *family) {
 }
 
 /* Starts the replacement of the child whose turn it is. 1 in it. */
-static int tcpsrv__reload_start(tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__reload_start(tcpsrv__family *family) {
     tcpsrv__reload *reload = &family->reload;
     int ends[2], err;
     long pid;
@@ -8379,7 +8963,7 @@ static int tcpsrv__reload_start(tcpsrv__family *family) {
 
 /* One that waits for its restart gets it at once: it may have waited for what the reload brings.
    1 in a child. */
-static int tcpsrv__family_reload(tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__family_reload(tcpsrv__family *family) {
     tcpsrv__reload *reload = &family->reload;
     if (family->ending) return 0;
     if (reload->pid) tcpsrv__reload_watch(family);
@@ -8395,17 +8979,81 @@ static int tcpsrv__family_reload(tcpsrv__family *family) {
     return 0;
 }
 
+/* ---- upgrade of the parent ------------------------------------------------------------------- */
+
+/* All that the parent has was made for the children; NULL: none, or no memory. */
+static TCPSRV__COLD int *tcpsrv__parent_listeners(int *count) {
+    int *fds = NULL, fd, n, limit = TCPSRV__MOST_LISTENERS_AT, pass;
+    if (tcpsrv__sys_descriptor_limit() < (size_t)limit)
+        limit = (int)tcpsrv__sys_descriptor_limit();
+    for (pass = n = 0; pass < 2 && (pass == 0 || fds); pass++) {
+        for (n = fd = 0; fd < limit; fd++) {
+            if (tcpsrv__sys_listens(fd) != 0) continue;
+            if (fds) fds[n] = fd;
+            n++;
+        }
+        if (!pass && n) fds = (int *)tcpsrv__alloc((size_t)n * sizeof *fds);
+    }
+    *count = n;
+    return fds;
+}
+
+static TCPSRV__COLD void tcpsrv__family_upgrade(tcpsrv__family *family) {
+    tcpsrv__successor *successor = &family->successor;
+    char *const *argv = TCPSRV__LOAD(&tcpsrv__upgrade_wanted);
+    int err;
+    if (successor->pid || family->ending || !argv[0]) return;
+    memset(successor, 0, sizeof *successor);
+    successor->words_fd = -1;
+    successor->fds = tcpsrv__parent_listeners(&successor->count);
+    err = successor->fds ? tcpsrv__successor_listen(successor) : -ENOENT;
+    if (!err) err = tcpsrv__successor_start(successor, argv);
+    if (!err) return;
+    successor->pid = 0;
+    tcpsrv__successor_close(successor);
+    tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "upgrade failed: %.100s: %s", argv[0],
+                       tcpsrv_strerror(err));
+}
+
+static TCPSRV__COLD void tcpsrv__family_hear(tcpsrv__family *family) {
+    tcpsrv__successor *successor = &family->successor;
+    char line[320];
+    if (!successor->pid || successor->ready || family->ending) return;
+    tcpsrv__successor_hear(successor);
+    if (successor->ready) {
+        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "upgrade: the successor serves: ending");
+        tcpsrv__successor_takes_over(successor);
+        tcpsrv__family_end(family);
+    } else if (!successor->late && tcpsrv__clock_ns() >= successor->due) {
+        tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "%s",
+                           tcpsrv__successor_late(successor, line, sizeof line));
+    }
+}
+
+static TCPSRV__COLD void tcpsrv__successor_ended(tcpsrv__family *family, int status) {
+    tcpsrv__successor *successor = &family->successor;
+    char how[TCPSRV__STATUS_TEXT], line[320];
+    tcpsrv__status_text(status, how);
+    tcpsrv__successor_hear(successor);
+    if (!successor->ready && !successor->late)
+        tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "%s",
+                           tcpsrv__successor_text(successor, how, line, sizeof line));
+    tcpsrv__successor_close(successor);
+    successor->pid = 0;
+}
+
 /* ---- supervising ----------------------------------------------------------------------------- */
 
-static int tcpsrv__reaped(long pid, int *status) {
+static TCPSRV__COLD int tcpsrv__reaped(long pid, int *status) {
     *status = 0;
     return pid && tcpsrv__sys_reap(pid, status, 0);
 }
 
-static void tcpsrv__family_reap(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_reap(tcpsrv__family *family) {
     tcpsrv__leaver **at = &family->leavers, *leaver;
     char how[TCPSRV__STATUS_TEXT];
     int i, status;
+    if (tcpsrv__reaped(family->successor.pid, &status)) tcpsrv__successor_ended(family, status);
     for (i = 0; i < family->count; i++) {
         long pid = family->children[i].pid;
         if (!tcpsrv__reaped(pid, &status)) continue;
@@ -8426,10 +9074,12 @@ static void tcpsrv__family_reap(tcpsrv__family *family) {
     }
 }
 
-static int tcpsrv__family_timeout(const tcpsrv__family *family) {
+static TCPSRV__COLD int tcpsrv__family_timeout(const tcpsrv__family *family) {
     uint64_t now = tcpsrv__clock_ns(), due = family->killed ? 0 : family->kill_at;
     int i;
     if (family->reload.pid && !family->ending) due = tcpsrv__earlier(due, family->reload.due);
+    if (family->successor.pid && !family->successor.ready && !family->successor.late)
+        due = tcpsrv__earlier(due, family->successor.due);
     for (i = 0; i < family->count; i++)
         if (!family->children[i].pid && !family->children[i].ended &&
             !tcpsrv__is_replaced(family, i))
@@ -8438,7 +9088,7 @@ static int tcpsrv__family_timeout(const tcpsrv__family *family) {
     return due <= now ? 0 : (int)((due - now) / 1000000u) + 1;
 }
 
-static void tcpsrv__family_obey(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_obey(tcpsrv__family *family) {
     int told = tcpsrv__family_told(family, SIGTERM);
     told = tcpsrv__family_told(family, SIGINT) || told;
     if (told && !family->ending) tcpsrv_notify("STOPPING=1");
@@ -8453,17 +9103,20 @@ static void tcpsrv__family_obey(tcpsrv__family *family) {
         else family->reload.again = 1;
     }
     if (tcpsrv__family_told(family, SIGUSR1)) tcpsrv__family_dump(family);
+    if (tcpsrv__family_told(family, SIGUSR2)) tcpsrv__family_upgrade(family);
 }
 
 /* Returns in children that were restarted; the parent exits. */
-static int tcpsrv__supervise(tcpsrv__family *family) {
-    int status, fds[2];
+static TCPSRV__COLD int tcpsrv__supervise(tcpsrv__family *family) {
+    int status, fds[3];
     while (tcpsrv__family_alive(family)) {
         fds[0] = family->waker.read_fd;
         fds[1] = family->reload.ready_fd;
-        tcpsrv__sys_wait_readable(fds, 2, tcpsrv__family_timeout(family));
+        fds[2] = family->successor.words_fd;
+        tcpsrv__sys_wait_readable(fds, 3, tcpsrv__family_timeout(family));
         tcpsrv__waker_drain(&family->waker);
         tcpsrv__family_obey(family);
+        tcpsrv__family_hear(family);
         tcpsrv__family_reap(family);
         if (tcpsrv__family_reload(family)) return tcpsrv__own_task_id;
         if (tcpsrv__family_restart(family)) return tcpsrv__own_task_id;
@@ -8471,13 +9124,14 @@ static int tcpsrv__supervise(tcpsrv__family *family) {
     status = family->gave_up;
     tcpsrv__family_restore(family);
     tcpsrv__sys_close(family->lifeline[0]);
+    tcpsrv__successor_close(&family->successor);
     tcpsrv__family_free(family);
     tcpsrv__unix_sockets_forget();
     tcpsrv__sys_exit(status);
     return -1;
 }
 
-static tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
+static TCPSRV__COLD tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
     tcpsrv__family *family = (tcpsrv__family *)tcpsrv__alloc(sizeof *family);
     *err = -ENOMEM;
     if (!family) return NULL;
@@ -8485,7 +9139,7 @@ static tcpsrv__family *tcpsrv__family_new(int count, int restarts, int *err) {
     if (!family->children) goto fail;
     family->count = count;
     family->restarts_left = restarts;
-    family->reload.task_id = family->reload.ready_fd = -1;
+    family->reload.task_id = family->reload.ready_fd = family->successor.words_fd = -1;
     family->pid = tcpsrv__sys_pid();
     *err = tcpsrv__workers_map(count);
     if (*err) goto fail;
@@ -8507,7 +9161,7 @@ fail:
 }
 
 /* fork has failed in the middle: nothing of it stays. */
-static void tcpsrv__family_undo(tcpsrv__family *family) {
+static TCPSRV__COLD void tcpsrv__family_undo(tcpsrv__family *family) {
     int i, status;
     tcpsrv__family_kill(family, SIGKILL);
     for (i = 0; i < family->count; i++)
@@ -8518,7 +9172,8 @@ static void tcpsrv__family_undo(tcpsrv__family *family) {
     tcpsrv__family_free(family);
 }
 
-static int tcpsrv__fork_family(int num_processes, int max_restarts, const tcpsrv_options *options) {
+static TCPSRV__COLD int tcpsrv__fork_family(int num_processes, int max_restarts,
+                                            const tcpsrv_options *options) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     tcpsrv__family *family;
     int i, err = 0;

@@ -7,6 +7,7 @@
 
 static int report[2];
 static void (*before_fork)(void); /* in the process that becomes the parent */
+static int counted;               /* descriptors, where a process had them counted before */
 
 /* What a worker says: its number, its pid, its parent's, and how many descriptors it has. */
 typedef struct hello {
@@ -21,7 +22,7 @@ static void say_hello(void) {
     own.task_id = tcpsrv_task_id();
     own.pid = getpid();
     own.parent = getppid();
-    own.descriptors = test_open_descriptors(TEST_FD_SCAN);
+    own.descriptors = counted ? counted : test_open_descriptors(TEST_FD_SCAN);
     CHECK_INT(write(report[1], &own, sizeof own), (int)sizeof own);
 }
 
@@ -48,6 +49,7 @@ static int all_gone(void) {
 
 /* What the family says on stderr goes to a file that has no name any more. */
 static FILE *said;
+static off_t said_before;
 
 static void listen_to_it(void) {
     said = tmpfile();
@@ -66,7 +68,7 @@ static const char *what_it_says(const char *part) {
     static char text[8192];
     int tries;
     for (tries = 0; tries < 500; tries++) {
-        ssize_t n = pread(fileno(said), text, sizeof text - 1, 0);
+        ssize_t n = pread(fileno(said), text, sizeof text - 1, said_before);
         text[n > 0 ? n : 0] = 0;
         if (strstr(text, part)) return text;
         test_sleep_ms(10);
@@ -75,11 +77,21 @@ static const char *what_it_says(const char *part) {
     return text;
 }
 
+/* Its end to write is out of the way of sockets that are handed over. */
+static void open_report(void) {
+    int end;
+    CHECK_INT(pipe(report), 0);
+    end = fcntl(report[1], F_DUPFD, 50);
+    CHECK(end >= 0);
+    close(report[1]);
+    report[1] = end;
+}
+
 /* The process that forks; its children run the body. */
 static pid_t family(int count, int restarts, void (*body)(int task_id)) {
     pid_t pid;
     int id;
-    CHECK_INT(pipe(report), 0);
+    open_report();
     fflush(stdout);
     pid = fork();
     if (pid == 0) {
@@ -841,6 +853,400 @@ static void counters_of_several_servers_add_up(void) {
     CHECK_INT(sum.bytes_written, 5);
 }
 
+/* ---- upgrade --------------------------------------------------------------------------------- */
+
+/* The successor is this program again, told by SUCCESSOR what to be. */
+static char *self[2], unix_path[64];
+
+static int tell_names(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    return tcpsrv_printf(stream, "%s %s\n", tcpsrv_systemd_name(0), tcpsrv_systemd_name(1));
+}
+
+static int successor(const char *mode) {
+    tcpsrv_options options;
+    int fds[4], count;
+    if (strcmp(mode, "crash") == 0) return 3;
+    if (strcmp(mode, "mute") == 0) test_sleep_ms(20000);
+    report[1] = atoi(getenv("REPORT"));
+    counted = test_open_descriptors(TEST_FD_SCAN);
+    memset(&options, 0, sizeof options);
+    options.handle_stream = strcmp(mode, "names") == 0 ? tell_names : answer;
+    count = tcpsrv_systemd_sockets(fds, 4);
+    server = tcpsrv_new(&options);
+    if (count < 1 || getenv("TCPSRV_OWNED") || getenv("LISTEN_FDS")) return 4;
+    if (tcpsrv_add_sockets(server, fds, count) != 0) return 5;
+    if (tcpsrv_drain_on_signal(server, SIGTERM, 5000) != 0) return 6;
+    if (tcpsrv_notify("STATUS=begins\nREADY=1") != 0 || getenv("TCPSRV_NOTIFY_SOCKET")) return 7;
+    say_hello();
+    tcpsrv_loop_run(tcpsrv_loop_default());
+    tcpsrv_free(server);
+    tcpsrv_loop_free(tcpsrv_loop_default());
+    return 0;
+}
+
+static void succeed_by(const char *mode) {
+    char text[16];
+    if (getenv("TEST_EMULATED")) SKIP("no program can be run from an emulated one");
+    snprintf(text, sizeof text, "%d", report[1]);
+    CHECK_INT(setenv("SUCCESSOR", mode, 1), 0);
+    CHECK_INT(setenv("REPORT", text, 1), 0);
+}
+
+/* A server in a process without workers, which SIGUSR2 makes start its successor. */
+static pid_t upgradable(const char *mode, char *const *argv, int ready_ms) {
+    tcpsrv_options options;
+    pid_t pid;
+    int fd;
+    set_up();
+    open_report();
+    listener = test_listener(&address);
+    succeed_by(mode);
+    fflush(stdout);
+    pid = fork();
+    if (pid == 0) {
+        close(report[0]);
+        quiet();
+        counted = test_open_descriptors(TEST_FD_SCAN);
+        memset(&options, 0, sizeof options);
+        options.handle_stream = answer;
+        options.upgrade_on_usr2 = argv;
+        tcpsrv__ready_ms = ready_ms;
+        server = tcpsrv_new(&options);
+        fd = dup(listener);
+        close(listener);
+        CHECK_INT(tcpsrv_add_socket(server, fd), 0);
+        if (unix_path[0]) CHECK_INT(tcpsrv_add_socket(server, tcpsrv_bind_unix_socket(unix_path,
+                                                                                      0, 0)), 0);
+        say_hello();
+        CHECK_INT(tcpsrv_loop_run(tcpsrv_loop_default()), 0);
+        tcpsrv_free(server);
+        tcpsrv_loop_free(tcpsrv_loop_default());
+        CHECK_INT(test_live_bytes, 0);
+        exit(0);
+    }
+    close(report[1]);
+    close(listener);
+    return pid;
+}
+
+static pid_t visit(void) {
+    int fd = dial();
+    pid_t pid = ask(fd);
+    close(fd);
+    return pid;
+}
+
+static void the_successor_takes_over_and_what_is_open_goes_on_to_its_end(void) {
+    hello old, fresh;
+    pid_t pid = upgradable("serve", self, 20000);
+    int fd;
+    old = next_hello();
+    CHECK_INT(old.pid, pid);
+    fd = dial();
+    CHECK_INT(ask(fd), pid);
+    CHECK_INT(write(fd, "half", 4), 4);
+    kill(pid, SIGUSR2);
+    while (visit() == pid) continue; /* nobody is refused */
+    fresh = next_hello();
+    CHECK_INT(fresh.parent, pid);
+    CHECK_INT(fresh.descriptors, old.descriptors); /* the listening socket, and nothing else */
+    CHECK_INT(ask(fd), pid);
+    close(fd);
+    CHECK_INT(exit_status(pid), 0);
+    CHECK_INT(visit(), fresh.pid);
+    kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    end();
+}
+
+static pid_t pid_in(const char *text) {
+    const char *at = strstr(text, "pid ");
+    CHECK(at != NULL);
+    return (pid_t)atoi(at + 4);
+}
+
+static void a_successor_that_crashes_leaves_the_old_one_serving(void) {
+    pid_t pid;
+    int i;
+    listen_to_it();
+    pid = upgradable("crash", self, 20000);
+    next_hello();
+    for (i = 0; i < 2; i++) {
+        kill(pid, SIGUSR2);
+        wait_until_collected(pid_in(what_it_says("exit status 3: this process goes on")));
+        CHECK_INT(visit(), pid);
+        said_before = lseek(fileno(said), 0, SEEK_END);
+    }
+    kill(pid, SIGKILL);
+    CHECK_INT(exit_status(pid), -SIGKILL);
+    CHECK(all_gone());
+    end();
+}
+
+static void a_program_that_cannot_be_run_is_named_with_the_cause(void) {
+    static char nothing[] = "/no/such/program";
+    char *argv[2] = { nothing, NULL };
+    pid_t pid;
+    listen_to_it();
+    pid = upgradable("serve", argv, 20000);
+    next_hello();
+    kill(pid, SIGUSR2);
+    CHECK(strstr(what_it_says("upgrade failed"), "/no/such/program") != NULL);
+    CHECK(strstr(what_it_says("upgrade failed"), "No such file or directory") != NULL);
+    CHECK_INT(visit(), pid);
+    kill(pid, SIGKILL);
+    CHECK_INT(exit_status(pid), -SIGKILL);
+    end();
+}
+
+static void a_successor_that_is_not_ready_in_time_is_told_to_end(void) {
+    pid_t pid;
+    listen_to_it();
+    pid = upgradable("mute", self, 300);
+    next_hello();
+    kill(pid, SIGUSR2);
+    wait_until_collected(pid_in(what_it_says("not ready in time and told to end")));
+    CHECK_INT(visit(), pid);
+    kill(pid, SIGKILL);
+    CHECK_INT(exit_status(pid), -SIGKILL);
+    CHECK(all_gone());
+    end();
+}
+
+static int dial_unix(void) {
+    struct sockaddr_un name;
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    memset(&name, 0, sizeof name);
+    name.sun_family = AF_UNIX;
+    snprintf(name.sun_path, sizeof name.sun_path, "%s", unix_path);
+    if (connect(fd, (struct sockaddr *)&name, sizeof name) == 0) return fd;
+    close(fd);
+    return -1;
+}
+
+static void a_unix_sockets_file_survives_and_is_the_successors_to_unlink(void) {
+    struct stat status;
+    hello fresh;
+    pid_t pid;
+    int fd;
+    snprintf(unix_path, sizeof unix_path, "/tmp/tcpsrv-test-%ld", (long)getpid());
+    pid = upgradable("serve", self, 20000);
+    next_hello();
+    kill(pid, SIGUSR2);
+    fresh = next_hello();
+    CHECK_INT(exit_status(pid), 0);
+    fd = dial_unix();
+    CHECK_INT(ask(fd), fresh.pid);
+    close(fd);
+    kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    CHECK_INT(stat(unix_path, &status), -1);
+    end();
+}
+
+static void sockets_are_named_by_port_and_path_in_their_order(void) {
+    char wanted[128], text[128];
+    ssize_t n = 0, more;
+    hello fresh;
+    pid_t pid;
+    int fd;
+    snprintf(unix_path, sizeof unix_path, "/tmp/tcpsrv-test:%ld", (long)getpid());
+    pid = upgradable("names", self, 20000);
+    next_hello();
+    kill(pid, SIGUSR2);
+    fresh = next_hello();
+    CHECK_INT(exit_status(pid), 0);
+    fd = dial_unix();
+    while ((more = read(fd, text + n, sizeof text - 1 - (size_t)n)) > 0) n += more;
+    close(fd);
+    snprintf(wanted, sizeof wanted, "%d /tmp/tcpsrv-test_%ld\n", ntohs(address.sin_port),
+             (long)getpid());
+    CHECK_MEM(text, (size_t)n, wanted);
+    kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    end();
+}
+
+static int manager_socket(struct sockaddr_un *name) {
+    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    memset(name, 0, sizeof *name);
+    name->sun_family = AF_UNIX;
+    snprintf(name->sun_path, sizeof name->sun_path, "/tmp/tcpsrv-test-manager-%ld",
+             (long)getpid());
+    CHECK_INT(bind(fd, (struct sockaddr *)name, sizeof *name), 0);
+    CHECK_INT(setenv("NOTIFY_SOCKET", name->sun_path, 1), 0);
+    return fd;
+}
+
+static void a_service_manager_learns_the_new_pid(void) {
+    struct sockaddr_un name;
+    char text[128], wanted[64];
+    hello fresh;
+    pid_t pid;
+    int i, seen = 0, manager = manager_socket(&name);
+    pid = upgradable("serve", self, 20000);
+    next_hello();
+    kill(pid, SIGUSR2);
+    fresh = next_hello();
+    snprintf(wanted, sizeof wanted, "MAINPID=%d", (int)fresh.pid);
+    for (i = 0; i < 2; i++) {
+        ssize_t n = read(manager, text, sizeof text - 1);
+        text[n > 0 ? n : 0] = 0;
+        seen += strcmp(text, wanted) == 0 ? 1 : 0;
+        seen += strcmp(text, "STATUS=begins\nREADY=1") == 0 ? 10 : 0;
+    }
+    CHECK_INT(seen, 11);
+    CHECK_INT(exit_status(pid), 0);
+    kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    CHECK_INT(read(manager, text, sizeof text), 10); /* of who drains now */
+    CHECK_MEM(text, 10, "STOPPING=1");
+    unlink(name.sun_path);
+    close(manager);
+    end();
+}
+
+static void an_upgrade_that_makes_no_sense_is_refused(void) {
+    static char true_name[] = "true";
+    char *argv[2] = { true_name, NULL }, *none[1] = { NULL };
+    tcpsrv_options options;
+    tcpsrv_loop *loop = tcpsrv_loop_default();
+    CHECK_INT(tcpsrv_upgrade(argv, 0), -ENOENT);
+    CHECK_INT(tcpsrv_upgrade(none, 0), -EINVAL);
+    CHECK_INT(tcpsrv_upgrade(NULL, 0), -EINVAL);
+    CHECK(strstr(tcpsrv_last_error(), "upgrade") != NULL);
+    memset(&options, 0, sizeof options);
+    options.on_stream = never;
+    server = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+    tcpsrv_stop(server);
+    CHECK_INT(tcpsrv_upgrade(argv, 0), -ENOENT);
+    tcpsrv_free(server);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+}
+
+static void upgrade_in_a_worker(int task_id) {
+    (void)task_id;
+    if (tcpsrv_upgrade(self, 0) == -EPERM) say_hello();
+}
+
+static void a_worker_is_refused_an_upgrade(void) {
+    pid_t parent = family(1, 0, upgrade_in_a_worker);
+    CHECK_INT(next_hello().task_id, 0);
+    CHECK_INT(exit_status(parent), 0);
+    end();
+}
+
+static int entries_of_tmp(void) {
+    char name[64];
+    int i, n = 0;
+    FILE *list;
+    snprintf(name, sizeof name, "ls -d /tmp/tcpsrv-%ld-* 2>/dev/null", (long)getpid());
+    list = popen(name, "r");
+    while ((i = fgetc(list)) != EOF) n += i == '\n';
+    pclose(list);
+    return n;
+}
+
+static void an_upgrade_without_memory_or_loop_leaves_nothing(void) {
+    static char sleep_name[] = "sleep", seconds[] = "20";
+    char *argv[3] = { sleep_name, seconds, NULL };
+    tcpsrv_loop *loop = tcpsrv_loop_default();
+    tcpsrv_options options;
+    int err, n;
+    memset(&options, 0, sizeof options);
+    options.on_stream = never;
+    server = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+    for (n = 1;; n++) {
+        int before = test_open_descriptors(TEST_FD_SCAN);
+        test_fail_alloc_at = n;
+        err = tcpsrv_upgrade(argv, 0);
+        if (!test_fail_alloc_at) CHECK(err == -ENOMEM || err == -ENOENT || err == 0);
+        if (err == 0) break;
+        CHECK_INT(test_open_descriptors(TEST_FD_SCAN), before);
+        CHECK_INT(entries_of_tmp(), 0);
+        CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    }
+    test_fail_alloc_at = 0;
+    CHECK(n > 3);
+    CHECK_INT(entries_of_tmp(), 1);
+    CHECK_INT(tcpsrv_upgrade(argv, 0), TCPSRV_EBUSY);
+    tcpsrv_free(server);
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+    CHECK_INT(entries_of_tmp(), 0);
+}
+
+static void make_upgradable(void) {
+    tcpsrv_options options;
+    memset(&options, 0, sizeof options);
+    options.handle_stream = answer;
+    options.upgrade_on_usr2 = self;
+    server = tcpsrv_new(&options);
+}
+
+static void workers_that_drain(int task_id) {
+    (void)task_id;
+    CHECK_INT(tcpsrv_add_socket(server, listener), 0);
+    CHECK_INT(tcpsrv_drain_on_signal(server, SIGTERM, 5000), 0);
+    say_hello();
+    tcpsrv_loop_run(tcpsrv_loop_default());
+}
+
+static pid_t upgradable_family(const char *mode) {
+    pid_t parent;
+    set_up();
+    listener = test_listener(&address);
+    open_report(); /* as family() will have it: the same numbers */
+    succeed_by(mode);
+    close(report[0]);
+    close(report[1]);
+    before_fork = make_upgradable;
+    parent = family(2, -1, workers_that_drain);
+    close(listener);
+    return parent;
+}
+
+static void sigusr2_to_a_parent_hands_over_and_ends_the_family(void) {
+    hello fresh;
+    pid_t parent = upgradable_family("serve");
+    int i;
+    for (i = 0; i < 2; i++) CHECK(next_hello().task_id >= 0);
+    kill(parent, SIGUSR2);
+    do
+        CHECK(visit() > 0); /* nobody is refused */
+    while (waitpid(parent, &i, WNOHANG) == 0);
+    CHECK_INT(i, 0);
+    fresh = next_hello();
+    CHECK_INT(fresh.task_id, -1);
+    CHECK_INT(fresh.parent, parent);
+    CHECK_INT(visit(), fresh.pid);
+    kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    end();
+}
+
+static void a_family_goes_on_when_its_successor_crashes(void) {
+    pid_t parent, pids[2], by;
+    hello got;
+    int i;
+    listen_to_it();
+    parent = upgradable_family("crash");
+    for (i = 0; i < 2; i++) {
+        got = next_hello();
+        pids[got.task_id] = got.pid;
+    }
+    kill(parent, SIGUSR2);
+    what_it_says("exit status 3: this process goes on");
+    by = visit();
+    CHECK(by == pids[0] || by == pids[1]);
+    kill(parent, SIGTERM);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_gone());
+    end();
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(each_child_has_its_number_and_the_parent_ends_with_0),
@@ -875,6 +1281,20 @@ int main(int argc, char **argv) {
         TEST(sigusr1_makes_the_parent_tell_of_each_child),
         TEST(sigusr1_is_left_to_a_program_that_uses_it),
         TEST(counters_of_several_servers_add_up),
+        TEST(the_successor_takes_over_and_what_is_open_goes_on_to_its_end),
+        TEST(a_successor_that_crashes_leaves_the_old_one_serving),
+        TEST(a_program_that_cannot_be_run_is_named_with_the_cause),
+        TEST(a_successor_that_is_not_ready_in_time_is_told_to_end),
+        TEST(a_unix_sockets_file_survives_and_is_the_successors_to_unlink),
+        TEST(sockets_are_named_by_port_and_path_in_their_order),
+        TEST(a_service_manager_learns_the_new_pid),
+        TEST(an_upgrade_that_makes_no_sense_is_refused),
+        TEST(a_worker_is_refused_an_upgrade),
+        TEST(an_upgrade_without_memory_or_loop_leaves_nothing),
+        TEST(sigusr2_to_a_parent_hands_over_and_ends_the_family),
+        TEST(a_family_goes_on_when_its_successor_crashes),
     };
+    self[0] = argv[0];
+    if (getenv("SUCCESSOR")) return successor(getenv("SUCCESSOR"));
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
