@@ -96,6 +96,7 @@
  *   >>buffer      blocks, and the output queue made of them
  *   >>stream      read values, writing, closing, over a transport of three functions
  *   >>waiting     the waiting calls: the callback ones, and parking until they are done
+ *   >>tls         TLS as a second transport, over BearSSL; absent unless TCPSERVER_TLS
  *   >>sockets     addresses, listening sockets, connecting
  *   >>server      accepting, limits, stop, drain
  *   >>process     forking and supervising
@@ -149,6 +150,13 @@ enum {
     TCPSRV_ETIMEDOUT = -10007, /* the time given has passed */
     TCPSRV_ENOTCORO = -10008,  /* a waiting call outside a coroutine while the loop runs */
     TCPSRV_EREFUSED = -10009,  /* refused by the caller's own framing */
+    TCPSRV_ETLS = -11000,      /* TLS; the engine's own code n is TCPSRV_ETLS - n */
+    TCPSRV_ETLS_TRUNCATED = -11801, /* the connection ended without TLS's own end */
+    TCPSRV_ETLS_PLAIN = -11802,     /* the peer does not speak TLS */
+    TCPSRV_ETLS_NAME = -11803,      /* on_sni refused the server name */
+    TCPSRV_ETLS_USAGE = -11804,     /* the peer's certificate is for another use */
+    TCPSRV_ETLS_VERSION = -11805,   /* the peer does not know TLS 1.2 */
+    TCPSRV_ETLS_BUFFERED = -11806,  /* plain bytes were read before start_tls */
     TCPSRV_ERESOLVE = -12000   /* a host name; the resolver's own code n is TCPSRV_ERESOLVE - |n| */
 };
 
@@ -159,6 +167,7 @@ enum { TCPSRV_PROXY_OFF, TCPSRV_PROXY_OPTIONAL, TCPSRV_PROXY_REQUIRED }; /* prox
 typedef struct tcpsrv tcpsrv;
 typedef struct tcpsrv_loop tcpsrv_loop;
 typedef struct tcpsrv_stream tcpsrv_stream;
+typedef struct tcpsrv_tls tcpsrv_tls; /* of use with TCPSERVER_TLS */
 
 typedef struct tcpsrv_bytes {
     const char *data;
@@ -580,6 +589,48 @@ TCPSRV_API const char *tcpsrv_systemd_name(int index);
    waiting a second at most for it to listen. 0, also where nobody asked to be told (NOTIFY_SOCKET);
    -ENOTSUP (neither a path nor an abstract name), -ENAMETOOLONG, or why it could not be sent. */
 TCPSRV_API int tcpsrv_notify(const char *state);
+/* ---- TLS ------------------------------------------------------------------------------------- */
+
+#ifdef TCPSERVER_TLS
+
+/* TLS 1.2 by BearSSL 0.6 (link with -lbearssl): ECDHE with AES-GCM or ChaCha20-Poly1305 alone, keys
+   of RSA 2048 to 4096 and EC P-256, P-384, P-521. */
+
+/* A certificate and its key, from files or from memory (NUL-terminated), in PEM. */
+typedef struct tcpsrv_certificate {
+    const char *certificate_file; /* the certificate, then those that vouch for it */
+    const char *key_file;         /* PKCS#1, SEC1 or PKCS#8; NULL: in certificate_file */
+    const char *certificate_pem;  /* instead of the files */
+    const char *key_pem;          /* NULL: in certificate_pem */
+    const char *server_name;      /* name that it is for; NULL: the names in the certificate */
+} tcpsrv_certificate;
+
+enum { TCPSRV_TLS_NONE, TCPSRV_TLS_OPTIONAL, TCPSRV_TLS_REQUIRED }; /* client certificates */
+
+typedef struct tcpsrv_tls_options {
+    const tcpsrv_certificate *certificates; /* a server's, the first is the default; or a client's */
+    size_t certificate_count;
+    const char *ca_file;          /* whom to trust, PEM. NULL on a client: the system's bundle */
+    const char *ca_pem;           /* instead of the file */
+    int client_certificates;      /* NONE, OPTIONAL (a bad one is refused all the same), REQUIRED */
+    const char *const *alpn;      /* protocol names, the most wanted first; NULL at the end */
+    int (*on_sni)(void *user, const char *name); /* index of the certificate for a client that asks
+                                     for name (NULL: for none); negative: refuse it (alert 112) */
+    int session_cache;            /* sessions kept; 0: 1024, none with REQUIRED; -1: none */
+    unsigned session_ttl_s;       /* 0: 300 */
+    int no_verify;                /* a client accepts any certificate */
+    tcpsrv_log_fn *log;           /* warnings of tcpsrv_tls_new; NULL: to stderr */
+    void *user;                   /* of on_sni and log */
+} tcpsrv_tls_options;
+
+/* Loads everything; the options and what they point to are not needed afterwards. NULL, and
+   tcpsrv_last_error() says which file and what is wrong with it. May be used by several threads. */
+TCPSRV_API tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options);
+
+/* Connections and servers that use it keep it as long as they need it. Keys are wiped at its end. */
+TCPSRV_API void tcpsrv_tls_free(tcpsrv_tls *tls);
+
+#endif
 
 /* ---- processes ------------------------------------------------------------------------------- */
 
@@ -730,6 +781,13 @@ Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 #include <sys/epoll.h>
 #elif defined(TCPSERVER_USE_KQUEUE)
 #include <sys/event.h>
+#endif
+
+#ifdef TCPSERVER_TLS
+#include <bearssl.h>
+#if defined(__linux__) || defined(__APPLE__)
+#include <sys/random.h>
+#endif
 #endif
 
 #ifdef TCPSRV__ACCEPT4_HIDDEN
@@ -894,7 +952,7 @@ typedef struct tcpsrv__thread_state {
     tcpsrv_loop *default_loop;
     tcpsrv_loop *turning;          /* the loop that is inside a turn */
     int error;
-    const char *step;              /* a string literal */
+    const char *step;              /* a string literal; NULL: text is the sentence */
     tcpsrv_address peer;           /* the place, where it is a stream */
     char place[TCPSRV_ADDRESS_TEXT];
     char text[320];
@@ -2073,6 +2131,44 @@ static int tcpsrv__worker_count;
 static int tcpsrv__worker_told;   /* one loop of the process tells its counters */
 static int tcpsrv__reload_wanted; /* by a server, before the fork */
 static char *const *tcpsrv__upgrade_wanted;
+
+/* ---- what TLS needs of the system ------------------------------------------------------------ */
+
+#ifdef TCPSERVER_TLS
+
+static int tcpsrv__sys_random(void *memory, size_t size) {
+    return getentropy(memory, size) == 0 ? 0 : -errno;
+}
+
+static int64_t tcpsrv__sys_unix_time(void) {
+    return (int64_t)time(NULL);
+}
+
+/* The size of a regular file, without memory; else up to *size bytes of it, and how many. */
+static TCPSRV__COLD int tcpsrv__sys_read_file(const char *path, char *memory, size_t *size,
+                                              unsigned *mode) {
+    struct stat status;
+    size_t most = *size, n = 0;
+    ssize_t got = 1;
+    int err = 0, fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return -errno;
+    if (fstat(fd, &status) != 0) err = -errno;
+    else if (S_ISDIR(status.st_mode)) err = -EISDIR;
+    else if (!S_ISREG(status.st_mode)) err = -EINVAL;
+    else if ((uint64_t)status.st_size > most) err = -EFBIG;
+    *mode = err ? 0 : (unsigned)status.st_mode;
+    if (!err && !memory) n = (size_t)status.st_size;
+    while (!err && memory && n < most && got > 0) {
+        got = read(fd, memory + n, most - n);
+        if (got > 0) n += (size_t)got;
+        if (got < 0) err = -errno;
+    }
+    close(fd);
+    *size = n;
+    return err;
+}
+
+#endif
 
 /* ==== >>poller ================================================================================ */
 
@@ -5904,6 +6000,1884 @@ TCPSRV_IMPL int tcpsrv_loop_free(tcpsrv_loop *loop) {
     return 0;
 }
 
+/* ==== >>tls =================================================================================== */
+
+/* A transport that encrypts, over an engine without input or output of its own: feed it what came,
+   take from it what must go, write and read in between. The engine is BearSSL's; another one would
+   have the same functions. What the file says about keys and certificates is checked when it is
+   loaded; what a peer says is read here before the engine sees it. */
+
+#ifdef TCPSERVER_TLS
+
+/* ---- configurations -------------------------------------------------------------------------- */
+
+enum {
+    TCPSRV__TLS_FILE_MAX = 4194304, /* a bundle of all public authorities is 200 KB */
+    TCPSRV__TLS_CHAIN_MAX = 16,
+    TCPSRV__TLS_ALPN_MAX = 32,
+    TCPSRV__SESSIONS = 1024,
+    TCPSRV__SESSION_TTL_S = 300,
+    TCPSRV__SESSION_WAYS = 4
+};
+
+typedef struct tcpsrv__pair {       /* a certificate chain and its key */
+    br_x509_certificate *chain;     /* leaf first */
+    size_t chain_length;
+    int type;                       /* BR_KEYTYPE_RSA or BR_KEYTYPE_EC */
+    br_skey_decoder_context *key;   /* as it was decoded; wiped at the end */
+    char *names;                    /* one after the other, each with its NUL; "" is the last */
+} tcpsrv__pair;
+
+typedef struct tcpsrv__identity {   /* of a verified peer, or of one that nobody wanted verified */
+    unsigned char sha256[32];       /* of its certificate */
+    int verified;
+    char name[65];                  /* common name of the subject, X.520's longest */
+    char dns[256];                  /* first dNSName of the subject */
+} tcpsrv__identity;
+
+typedef struct tcpsrv__session {
+    br_ssl_session_parameters parameters; /* session_id_len 0: free */
+    uint64_t born_ns;
+    unsigned char name[32];         /* hash of the server name it was made for */
+    tcpsrv__identity *peer;
+} tcpsrv__session;
+
+struct tcpsrv_tls {
+    pthread_mutex_t lock;           /* of what follows it up to the templates */
+    size_t refs;
+    tcpsrv__session *sessions;      /* made at first use */
+    size_t session_count;           /* 0: no cache */
+    br_x509_trust_anchor *anchors;
+    size_t anchor_count;
+    uint64_t session_ttl_ns;
+    tcpsrv__pair *pairs;
+    size_t pair_count;
+    const char **alpn;
+    size_t alpn_count;
+    int client_certificates, no_verify;
+    int (*on_sni)(void *user, const char *name);
+    tcpsrv_log_fn *log;
+    void *user;
+    br_ssl_server_context server;   /* templates: looking for what the processor can do is slow */
+    br_ssl_client_context client;
+};
+
+static void tcpsrv__wipe(void *memory, size_t size) {
+    volatile unsigned char *at = (volatile unsigned char *)memory;
+    while (size--) *at++ = 0;
+}
+
+/* Records a sentence of its own. */
+static TCPSRV__COLD int tcpsrv__tls_fail(const char *format, ...) TCPSRV_PRINTF(1, 2);
+static TCPSRV__COLD int tcpsrv__tls_fail(const char *format, ...) {
+    tcpsrv__thread_state *thread = tcpsrv__thread();
+    va_list arguments;
+    thread->error = TCPSRV_ETLS;
+    thread->step = NULL;
+    va_start(arguments, format);
+    vsnprintf(thread->text, sizeof thread->text, format, arguments);
+    va_end(arguments);
+    return TCPSRV_ETLS;
+}
+
+static TCPSRV__COLD void tcpsrv__tls_warn(const tcpsrv_tls *tls, const char *format, ...)
+    TCPSRV_PRINTF(2, 3);
+static TCPSRV__COLD void tcpsrv__tls_warn(const tcpsrv_tls *tls, const char *format, ...) {
+    char line[320];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    if (tls->log) tls->log(TCPSRV_LOG_WARNING, line, tls->user);
+    else tcpsrv__log_default(TCPSRV_LOG_WARNING, line);
+}
+
+/* ---- DER ------------------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__span {
+    const unsigned char *at, *end;
+} tcpsrv__span;
+
+enum {
+    TCPSRV__DER_INTEGER = 0x02, TCPSRV__DER_BITS = 0x03, TCPSRV__DER_OCTETS = 0x04,
+    TCPSRV__DER_OID = 0x06, TCPSRV__DER_SEQUENCE = 0x30, TCPSRV__DER_SET = 0x31
+};
+
+static size_t tcpsrv__span_size(const tcpsrv__span *span) {
+    return (size_t)(span->end - span->at);
+}
+
+/* Takes an unsigned number of so many bytes off the front; -1 and nothing left when it is cut. */
+static long tcpsrv__span_number(tcpsrv__span *span, int bytes) {
+    long number = 0;
+    if (tcpsrv__span_size(span) < (size_t)bytes) {
+        span->at = span->end;
+        return -1;
+    }
+    while (bytes--) number = number << 8 | *span->at++;
+    return number;
+}
+
+/* Takes so many bytes off the front. 0, or -1 and nothing left. */
+static int tcpsrv__span_take(tcpsrv__span *span, long size, tcpsrv__span *taken) {
+    *taken = *span;
+    if (size < 0 || tcpsrv__span_size(span) < (size_t)size) {
+        span->at = taken->at = span->end;
+        return -1;
+    }
+    taken->end = span->at += size;
+    return 0;
+}
+
+/* Takes the next element off: its tag, and what is in it. -1: there is none, or it is cut. */
+static int tcpsrv__der_next(tcpsrv__span *from, tcpsrv__span *content) {
+    int tag = (int)tcpsrv__span_number(from, 1);
+    long size = tcpsrv__span_number(from, 1);
+    if (tag < 0 || size < 0 || (tag & 0x1f) == 0x1f) return -1;
+    if (size == 0x80 || size > 0x83) return -1;
+    if (size > 0x80) size = tcpsrv__span_number(from, (int)size - 0x80);
+    return tcpsrv__span_take(from, size, content) == 0 ? tag : -1;
+}
+
+/* As above where only one tag is right. 0 or -1. */
+static int tcpsrv__der_expect(tcpsrv__span *from, int tag, tcpsrv__span *content) {
+    return tcpsrv__der_next(from, content) == tag ? 0 : -1;
+}
+
+typedef struct tcpsrv__certificate_parts {
+    tcpsrv__span issuer, subject, key, extensions;
+    tcpsrv__span name;              /* the subject with its head */
+} tcpsrv__certificate_parts;
+
+/* RFC 5280 4.1. 0, or -1 for what is not a certificate. */
+static int tcpsrv__certificate_split(const unsigned char *der, size_t size,
+                                     tcpsrv__certificate_parts *parts) {
+    tcpsrv__span at, in, skipped;
+    int tag;
+    memset(parts, 0, sizeof *parts);
+    at.at = der;
+    at.end = der + size;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &in) != 0) return -1;
+    if (tcpsrv__der_expect(&in, TCPSRV__DER_SEQUENCE, &at) != 0) return -1;
+    if (at.at < at.end && *at.at == 0xa0) tcpsrv__der_next(&at, &skipped);  /* version */
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_INTEGER, &skipped) != 0 ||      /* serial number */
+        tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &skipped) != 0 ||     /* its signature */
+        tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &parts->issuer) != 0 ||
+        tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &skipped) != 0)       /* validity */
+        return -1;
+    parts->name = at;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &parts->subject) != 0) return -1;
+    parts->name.end = at.at;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &parts->key) != 0) return -1;
+    while ((tag = tcpsrv__der_next(&at, &in)) > 0)
+        if (tag == 0xa3) return tcpsrv__der_expect(&in, TCPSRV__DER_SEQUENCE, &parts->extensions);
+    return 0;
+}
+
+/* Whether an OID is 2.5.class.number. */
+static int tcpsrv__oid_is(const tcpsrv__span *oid, int kind, int number) {
+    return tcpsrv__span_size(oid) == 3 && oid->at[0] == 0x55 && oid->at[1] == kind &&
+           oid->at[2] == number;
+}
+
+/* The value of the extension 2.5.29.number. 0, or -1: it is not there. */
+static int tcpsrv__certificate_extension(const tcpsrv__certificate_parts *parts, int number,
+                                         tcpsrv__span *value) {
+    tcpsrv__span at = parts->extensions, one, oid;
+    int tag;
+    while (tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &one) == 0) {
+        if (tcpsrv__der_expect(&one, TCPSRV__DER_OID, &oid) != 0) return -1;
+        if (!tcpsrv__oid_is(&oid, 0x1d, number)) continue;
+        tag = tcpsrv__der_next(&one, value);
+        if (tag == 1) tag = tcpsrv__der_next(&one, value); /* critical or not */
+        return tag == TCPSRV__DER_OCTETS ? 0 : -1;
+    }
+    return -1;
+}
+
+enum { TCPSRV__ALT_DNS = 0x82, TCPSRV__ALT_IP = 0x87 };
+
+/* Takes the next alternative name of that kind off the list. 0, or -1: no more. */
+static int tcpsrv__alt_name_next(tcpsrv__span *list, int kind, tcpsrv__span *name) {
+    int tag;
+    while ((tag = tcpsrv__der_next(list, name)) > 0)
+        if (tag == kind) return 0;
+    return -1;
+}
+
+/* The subject's alternative names. 0, or -1: it has none. */
+static int tcpsrv__alt_names(const tcpsrv__certificate_parts *parts, tcpsrv__span *list) {
+    tcpsrv__span value;
+    if (tcpsrv__certificate_extension(parts, 0x11, &value) != 0) return -1;
+    return tcpsrv__der_expect(&value, TCPSRV__DER_SEQUENCE, list);
+}
+
+/* As text that may be shown and compared: what is no printable ASCII, a NUL above all, becomes a
+   question mark. "" where it does not fit. */
+static void tcpsrv__span_text(const tcpsrv__span *span, char *text, size_t room) {
+    size_t i, size = tcpsrv__span_size(span);
+    if (size >= room) size = 0;
+    for (i = 0; i < size; i++)
+        text[i] = span->at[i] < 32 || span->at[i] == 127 ? '?' : (char)span->at[i];
+    text[size] = 0;
+}
+
+/* The common name in a distinguished name; "" where it has none. */
+static void tcpsrv__common_name(tcpsrv__span name, char *text, size_t room) {
+    tcpsrv__span set, pair, oid, value;
+    text[0] = 0;
+    while (tcpsrv__der_expect(&name, TCPSRV__DER_SET, &set) == 0)
+        while (tcpsrv__der_expect(&set, TCPSRV__DER_SEQUENCE, &pair) == 0)
+            if (tcpsrv__der_expect(&pair, TCPSRV__DER_OID, &oid) == 0 &&
+                tcpsrv__oid_is(&oid, 4, 3) && tcpsrv__der_next(&pair, &value) > 0)
+                tcpsrv__span_text(&value, text, room);
+}
+
+/* Whether the key may be used that way: 1 as a server, 2 as a client (RFC 5280 4.2.1.12). */
+static int tcpsrv__certificate_serves(const tcpsrv__certificate_parts *parts, int purpose) {
+    static const unsigned char id_kp[7] = { 0x2b, 6, 1, 5, 5, 7, 3 };
+    tcpsrv__span value, list, oid;
+    if (tcpsrv__certificate_extension(parts, 0x25, &value) != 0) return 1;
+    if (tcpsrv__der_expect(&value, TCPSRV__DER_SEQUENCE, &list) != 0) return 0;
+    while (tcpsrv__der_expect(&list, TCPSRV__DER_OID, &oid) == 0) {
+        if (tcpsrv__span_size(&oid) == 8 && memcmp(oid.at, id_kp, 7) == 0 && oid.at[7] == purpose)
+            return 1;
+        if (tcpsrv__span_size(&oid) == 4 && memcmp(oid.at, "\x55\x1d\x25\0", 4) == 0) return 1;
+    }
+    return 0;
+}
+
+/* Bits of an RSA modulus, from the certificate itself: the decoder knows no larger than 4096. 0:
+   not RSA. */
+static size_t tcpsrv__certificate_rsa_bits(const tcpsrv__certificate_parts *parts) {
+    tcpsrv__span at = parts->key, in, number;
+    unsigned first;
+    size_t bits;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_SEQUENCE, &in) != 0) return 0;
+    if (tcpsrv__der_expect(&in, TCPSRV__DER_OID, &number) != 0 ||
+        tcpsrv__span_size(&number) != 9 ||
+        memcmp(number.at, "\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01", 9) != 0)
+        return 0;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_BITS, &in) != 0 || tcpsrv__span_number(&in, 1) != 0)
+        return 0;
+    if (tcpsrv__der_expect(&in, TCPSRV__DER_SEQUENCE, &at) != 0) return 0;
+    if (tcpsrv__der_expect(&at, TCPSRV__DER_INTEGER, &number) != 0) return 0;
+    while (number.at < number.end && !*number.at) number.at++;
+    bits = 8 * tcpsrv__span_size(&number);
+    for (first = bits ? *number.at : 0x80u; !(first & 0x80u); first <<= 1) bits--;
+    return bits;
+}
+
+/* ---- PEM ------------------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__pem {
+    br_pem_decoder_context decoder;
+    const char *place;              /* the file, or what else the text is called */
+    const char *text;
+    size_t size, used;
+    char *owned;                    /* the text, where it was read from a file */
+    unsigned char *der;             /* of the object that was found last */
+    size_t der_size, der_room;
+    int number;                     /* of that object, from 1 on */
+    int no_memory;
+    char name[40];
+} tcpsrv__pem;
+
+static TCPSRV__COLD void tcpsrv__pem_close(tcpsrv__pem *pem) {
+    if (pem->der) tcpsrv__wipe(pem->der, pem->der_room);
+    if (pem->owned) tcpsrv__wipe(pem->owned, pem->size);
+    tcpsrv__wipe(&pem->decoder, sizeof pem->decoder);
+    tcpsrv__free(pem->der);
+    tcpsrv__free(pem->owned);
+}
+
+/* Opens a text in memory, or else a file. 0, or the failure recorded and nothing to close. */
+static TCPSRV__COLD int tcpsrv__pem_open(tcpsrv__pem *pem, const char *text, const char *place,
+                                         unsigned *mode) {
+    long n;
+    memset(pem, 0, sizeof *pem);
+    br_pem_decoder_init(&pem->decoder);
+    pem->place = place;
+    pem->text = text;
+    pem->size = text ? strlen(text) : TCPSRV__TLS_FILE_MAX;
+    if (text) return 0;
+    n = tcpsrv__sys_read_file(place, NULL, &pem->size, mode);
+    if (n == 0) {
+        pem->owned = (char *)TCPSERVER_REALLOC(NULL, pem->size + 1);
+        n = pem->owned ? tcpsrv__sys_read_file(place, pem->owned, &pem->size, mode) : -ENOMEM;
+    }
+    pem->text = pem->owned;
+    if (n == 0) return 0;
+    tcpsrv__pem_close(pem);
+    return tcpsrv__tls_fail("%s: %s", place, tcpsrv_strerror((int)n));
+}
+
+static void tcpsrv__pem_take(void *arg, const void *data, size_t size) {
+    tcpsrv__pem *pem = (tcpsrv__pem *)arg;
+    unsigned char *grown;
+    size_t room = pem->der_room ? pem->der_room : 2048;
+    if (pem->no_memory) return;
+    while (room - pem->der_size < size) room *= 2;
+    if (room > pem->der_room) {
+        grown = (unsigned char *)TCPSERVER_REALLOC(NULL, room); /* a copy: the old one is wiped */
+        pem->no_memory = !grown;
+        if (!grown) return;
+        if (pem->der) memcpy(grown, pem->der, pem->der_size);
+        if (pem->der) tcpsrv__wipe(pem->der, pem->der_room);
+        tcpsrv__free(pem->der);
+        pem->der = grown;
+        pem->der_room = room;
+    }
+    memcpy(pem->der + pem->der_size, data, size);
+    pem->der_size += size;
+}
+
+static TCPSRV__COLD void tcpsrv__pem_begin(tcpsrv__pem *pem) {
+    const char *name = br_pem_decoder_name(&pem->decoder);
+    size_t size = strlen(name);
+    if (size >= sizeof pem->name) size = sizeof pem->name - 1;
+    memcpy(pem->name, name, size);
+    pem->name[size] = 0;
+    pem->number++;
+    pem->der_size = 0;
+    br_pem_decoder_setdest(&pem->decoder, tcpsrv__pem_take, pem);
+}
+
+static int tcpsrv__pem_is_key(const tcpsrv__pem *pem) {
+    size_t size = strlen(pem->name);
+    return size >= 11 && strcmp(pem->name + size - 11, "PRIVATE KEY") == 0;
+}
+
+static TCPSRV__COLD int tcpsrv__pem_bad(const tcpsrv__pem *pem) {
+    /* A key encrypted in the old way has header lines, which are no base64 (RFC 1421 4.6.1.1). */
+    if (tcpsrv__pem_is_key(pem) && tcpsrv__find(pem->text, pem->size, "ENCRYPTED", 9))
+        return tcpsrv__tls_fail("%s: the key is encrypted with a passphrase; decrypt it first "
+                                "(openssl pkey -in ...)", pem->place);
+    return tcpsrv__tls_fail("%s: PEM object %d (%s) is not valid base64", pem->place, pem->number,
+                            pem->name);
+}
+
+/* The decoder sees an END line only when its own end is there: one more line end is given to it. */
+static TCPSRV__COLD size_t tcpsrv__pem_push(tcpsrv__pem *pem) {
+    size_t n, left = pem->size - pem->used;
+    n = left ? br_pem_decoder_push(&pem->decoder, pem->text + pem->used, left)
+             : br_pem_decoder_push(&pem->decoder, "\n", 1);
+    if (!left) pem->used++; /* past the end: the line end was given */
+    else pem->used += n;
+    return n;
+}
+
+/* Finds the next object. 1; 0: no more; or the failure recorded. */
+static TCPSRV__COLD int tcpsrv__pem_next(tcpsrv__pem *pem) {
+    int inside = 0;
+    while (pem->used <= pem->size) {
+        tcpsrv__pem_push(pem);
+        switch (br_pem_decoder_event(&pem->decoder)) {
+        case BR_PEM_BEGIN_OBJ:
+            tcpsrv__pem_begin(pem);
+            inside = 1;
+            break;
+        case BR_PEM_END_OBJ:
+            if (pem->no_memory) return tcpsrv__tls_fail("%s: %s", pem->place, strerror(ENOMEM));
+            return 1;
+        case BR_PEM_ERROR: return tcpsrv__pem_bad(pem);
+        default: break;
+        }
+    }
+    if (inside) return tcpsrv__tls_fail("%s: PEM object %d (%s) has no END line (file cut short?)",
+                                        pem->place, pem->number, pem->name);
+    if (pem->number) return 0;
+    if (pem->size && (unsigned char)pem->text[0] == TCPSRV__DER_SEQUENCE)
+        return tcpsrv__tls_fail("%s: no PEM object in the file; it looks like DER: convert it "
+                                "(openssl x509 -inform DER, or openssl pkey -inform DER)",
+                                pem->place);
+    return tcpsrv__tls_fail("%s: no PEM object in the file", pem->place);
+}
+
+static int tcpsrv__pem_is_certificate(const tcpsrv__pem *pem) {
+    return strcmp(pem->name, "CERTIFICATE") == 0 || strcmp(pem->name, "X509 CERTIFICATE") == 0;
+}
+
+/* ---- certificates and keys ------------------------------------------------------------------- */
+
+static TCPSRV__COLD void tcpsrv__pair_free(tcpsrv__pair *pair) {
+    size_t i;
+    for (i = 0; i < pair->chain_length; i++) tcpsrv__free(pair->chain[i].data);
+    if (pair->key) tcpsrv__wipe(pair->key, sizeof *pair->key);
+    tcpsrv__free(pair->key);
+    tcpsrv__free(pair->chain);
+    tcpsrv__free(pair->names);
+}
+
+static TCPSRV__COLD int tcpsrv__chain_add(tcpsrv__pair *pair, const tcpsrv__pem *pem) {
+    br_x509_certificate *one;
+    if (pair->chain_length == TCPSRV__TLS_CHAIN_MAX)
+        return tcpsrv__tls_fail("%s: more than %d certificates", pem->place,
+                                TCPSRV__TLS_CHAIN_MAX);
+    if (!pair->chain)
+        pair->chain = (br_x509_certificate *)tcpsrv__alloc(TCPSRV__TLS_CHAIN_MAX *
+                                                           sizeof *pair->chain);
+    one = pair->chain ? &pair->chain[pair->chain_length] : NULL;
+    if (one) one->data = (unsigned char *)TCPSERVER_REALLOC(NULL, pem->der_size + 1);
+    if (!one || !one->data) return tcpsrv__tls_fail("%s: %s", pem->place, strerror(ENOMEM));
+    memcpy(one->data, pem->der, pem->der_size);
+    one->data_len = pem->der_size;
+    pair->chain_length++;
+    return 0;
+}
+
+/* Each certificate must be followed by the one that vouches for it. */
+static TCPSRV__COLD int tcpsrv__chain_check(const tcpsrv__pair *pair, const char *place) {
+    tcpsrv__certificate_parts parts, next;
+    char name[65], next_name[65];
+    size_t i;
+    for (i = 0; i < pair->chain_length; i++) {
+        const br_x509_certificate *one = &pair->chain[i];
+        if (tcpsrv__certificate_split(one->data, one->data_len, &next) != 0)
+            return tcpsrv__tls_fail("%s: certificate %d is none", place, (int)i + 1);
+        if (i && (tcpsrv__span_size(&parts.issuer) != tcpsrv__span_size(&next.subject) ||
+                  memcmp(parts.issuer.at, next.subject.at, tcpsrv__span_size(&next.subject)))) {
+            tcpsrv__common_name(parts.subject, name, sizeof name);
+            tcpsrv__common_name(next.subject, next_name, sizeof next_name);
+            return tcpsrv__tls_fail("%s: certificate %d (%s) does not vouch for the one before it "
+                                    "(%s); the server's own comes first, then its issuers",
+                                    place, (int)i + 1, next_name, name);
+        }
+        parts = next;
+    }
+    return 0;
+}
+
+/* The names that a certificate is for; without alternative names its common name. */
+static TCPSRV__COLD char *tcpsrv__certificate_names(const br_x509_certificate *leaf) {
+    tcpsrv__certificate_parts parts;
+    tcpsrv__span list, name;
+    size_t used = 0;
+    char *names = (char *)tcpsrv__alloc(leaf->data_len + 2); /* they are part of it */
+    if (!names || tcpsrv__certificate_split(leaf->data, leaf->data_len, &parts) != 0) return names;
+    if (tcpsrv__alt_names(&parts, &list) != 0) {
+        tcpsrv__common_name(parts.subject, names, leaf->data_len);
+        return names;
+    }
+    while (tcpsrv__alt_name_next(&list, TCPSRV__ALT_DNS, &name) == 0) {
+        tcpsrv__span_text(&name, names + used, tcpsrv__span_size(&name) + 1);
+        if (names[used]) used += strlen(names + used) + 1;
+    }
+    return names;
+}
+
+/* What a certificate says about its time, in days of the decoder (from the year 0 on). */
+static TCPSRV__COLD void tcpsrv__certificate_dates(const tcpsrv_tls *tls, const char *place,
+                                                   const br_x509_decoder_context *decoder) {
+    uint64_t now = (uint64_t)tcpsrv__sys_unix_time() + (uint64_t)719528 * 86400;
+    if (now > (uint64_t)decoder->notafter_days * 86400 + decoder->notafter_seconds)
+        tcpsrv__tls_warn(tls, "%s: the certificate has expired", place);
+    if (now < (uint64_t)decoder->notbefore_days * 86400 + decoder->notbefore_seconds)
+        tcpsrv__tls_warn(tls, "%s: the certificate is not valid yet", place);
+}
+
+static int tcpsrv__curve_works(int curve) {
+    return curve == BR_EC_secp256r1 || curve == BR_EC_secp384r1 || curve == BR_EC_secp521r1;
+}
+
+/* The public key of the first certificate, which must be one that this library serves. */
+static TCPSRV__COLD int tcpsrv__leaf_check(const tcpsrv_tls *tls, tcpsrv__pair *pair,
+                                           const char *place,
+                                           br_x509_decoder_context *decoder) {
+    const br_x509_certificate *leaf = &pair->chain[0];
+    tcpsrv__certificate_parts parts;
+    const br_x509_pkey *key;
+    size_t bits = 0;
+    if (tcpsrv__certificate_split(leaf->data, leaf->data_len, &parts) == 0)
+        bits = tcpsrv__certificate_rsa_bits(&parts);
+    if (bits && (bits < 2048 || bits > 4096))
+        return tcpsrv__tls_fail("%s: RSA key of %u bits; 2048 to 4096 work", place,
+                                (unsigned)bits);
+    br_x509_decoder_init(decoder, NULL, NULL);
+    br_x509_decoder_push(decoder, leaf->data, leaf->data_len);
+    key = br_x509_decoder_get_pkey(decoder);
+    if (!key || (key->key_type == BR_KEYTYPE_EC && !tcpsrv__curve_works(key->key.ec.curve)))
+        return tcpsrv__tls_fail("%s: cannot read the first certificate: unsupported key or "
+                                "signature type (RSA and EC P-256, P-384 and P-521 work)", place);
+    pair->type = key->key_type;
+    tcpsrv__certificate_dates(tls, place, decoder);
+    if (bits > 3072 || (!bits && key->key.ec.curve != BR_EC_secp256r1))
+        tcpsrv__tls_warn(tls, "%s: each handshake with this key holds up the loop for 4 to 50 ms; "
+                         "EC P-256 takes 1.6", place);
+    pair->names = tcpsrv__certificate_names(leaf);
+    return pair->names ? 0 : tcpsrv__tls_fail("%s: %s", place, strerror(ENOMEM));
+}
+
+/* The chain of a pair, from the PEM that is open. */
+static TCPSRV__COLD int tcpsrv__chain_read(tcpsrv__pair *pair, tcpsrv__pem *pem) {
+    char first[40] = "";
+    int n;
+    while ((n = tcpsrv__pem_next(pem)) == 1) {
+        if (!first[0]) memcpy(first, pem->name, sizeof first);
+        if (!tcpsrv__pem_is_certificate(pem)) continue;
+        n = tcpsrv__chain_add(pair, pem);
+        if (n) return n;
+    }
+    if (n < 0) return n;
+    if (!pair->chain_length)
+        return tcpsrv__tls_fail("%s: no certificate in the file (first object is %s)", pem->place,
+                                first);
+    return tcpsrv__chain_check(pair, pem->place);
+}
+
+static TCPSRV__COLD int tcpsrv__key_read(tcpsrv__pair *pair, tcpsrv__pem *pem) {
+    int n;
+    while ((n = tcpsrv__pem_next(pem)) == 1)
+        if (tcpsrv__pem_is_key(pem)) break;
+    if (n < 0) return n;
+    if (n == 0) return tcpsrv__tls_fail("%s: no private key in the file", pem->place);
+    if (strncmp(pem->name, "ENCRYPTED", 9) == 0) return tcpsrv__pem_bad(pem);
+    pair->key = (br_skey_decoder_context *)tcpsrv__alloc(sizeof *pair->key);
+    if (!pair->key) return tcpsrv__tls_fail("%s: %s", pem->place, strerror(ENOMEM));
+    br_skey_decoder_init(pair->key);
+    br_skey_decoder_push(pair->key, pem->der, pem->der_size);
+    if (br_skey_decoder_last_error(pair->key) == 0) return 0;
+    return tcpsrv__tls_fail("%s: cannot read the private key: unsupported type (RSA and EC P-256, "
+                            "P-384 and P-521 work)", pem->place);
+}
+
+/* Hashes that sign: SHA-256, SHA-384, SHA-512 by their TLS numbers. */
+static const br_hash_class *tcpsrv__hash_of(unsigned id) {
+    return id == br_sha512_ID ? &br_sha512_vtable : id == br_sha384_ID ? &br_sha384_vtable
+                                                                       : &br_sha256_vtable;
+}
+
+static const unsigned char *tcpsrv__hash_oid(unsigned id) {
+    return id == br_sha512_ID ? BR_HASH_OID_SHA512 : id == br_sha384_ID ? BR_HASH_OID_SHA384
+                                                                        : BR_HASH_OID_SHA256;
+}
+
+/* Signs a hash where it lies. The signature's size, or 0. */
+static size_t tcpsrv__pair_sign(const tcpsrv__pair *pair, unsigned hash_id, unsigned char *data,
+                                size_t room) {
+    const br_rsa_private_key *rsa = br_skey_decoder_get_rsa(pair->key);
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(pair->key);
+    const br_hash_class *hash = tcpsrv__hash_of(hash_id);
+    unsigned char digest[64];
+    size_t size = (hash->desc >> BR_HASHDESC_OUT_OFF) & BR_HASHDESC_OUT_MASK;
+    memcpy(digest, data, size);
+    if (ec)
+        return room < 160 ? 0 : br_ecdsa_sign_asn1_get_default()(br_ec_get_default(), hash, digest,
+                                                                 ec, data);
+    if (!rsa || room < (rsa->n_bitlen + 7) / 8) return 0;
+    if (!br_rsa_pkcs1_sign_get_default()(tcpsrv__hash_oid(hash_id), digest, size, rsa, data))
+        return 0;
+    return (rsa->n_bitlen + 7) / 8;
+}
+
+/* One signature tells whether the key belongs to the certificate, and is sound in all its parts. */
+static TCPSRV__COLD int tcpsrv__pair_matches(const tcpsrv__pair *pair, const br_x509_pkey *key) {
+    unsigned char digest[32], signature[512], back[32];
+    size_t size;
+    memset(digest, 0x5a, sizeof digest);
+    memcpy(signature, digest, sizeof digest);
+    if (pair->type == BR_KEYTYPE_EC &&
+        br_skey_decoder_get_ec(pair->key)->curve != key->key.ec.curve)
+        return 0;
+    size = tcpsrv__pair_sign(pair, br_sha256_ID, signature, sizeof signature);
+    if (!size) return 0;
+    if (pair->type == BR_KEYTYPE_EC)
+        return br_ecdsa_vrfy_asn1_get_default()(br_ec_get_default(), digest, sizeof digest,
+                                                &key->key.ec, signature, size) == 1;
+    return br_rsa_pkcs1_vrfy_get_default()(signature, size, BR_HASH_OID_SHA256, sizeof back,
+                                           &key->key.rsa, back) == 1 &&
+           memcmp(back, digest, sizeof back) == 0;
+}
+
+static TCPSRV__COLD int tcpsrv__pair_check(tcpsrv__pair *pair, const char *place,
+                                           const br_x509_pkey *key) {
+    int type = br_skey_decoder_key_type(pair->key);
+    if (type != pair->type)
+        return tcpsrv__tls_fail("private key is %s but the certificate in %s is %s",
+                                type == BR_KEYTYPE_RSA ? "RSA" : "EC", place,
+                                pair->type == BR_KEYTYPE_RSA ? "RSA" : "EC");
+    if (!tcpsrv__pair_matches(pair, key))
+        return tcpsrv__tls_fail("private key does not belong to the certificate in %s", place);
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__pair_name(tcpsrv__pair *pair, const char *name) {
+    size_t size;
+    if (!name) return 0;
+    size = strlen(name);
+    tcpsrv__free(pair->names);
+    pair->names = (char *)tcpsrv__alloc(size + 2);
+    if (!pair->names) return tcpsrv__tls_fail("%s: %s", name, strerror(ENOMEM));
+    memcpy(pair->names, name, size);
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__pair_read_key(const tcpsrv_tls *tls, tcpsrv__pair *pair,
+                                              const tcpsrv_certificate *from) {
+    int in_memory = from->certificate_pem != NULL;
+    const char *text = from->key_pem ? from->key_pem : from->certificate_pem;
+    const char *place = from->key_file ? from->key_file : from->certificate_file;
+    tcpsrv__pem pem;
+    unsigned mode = 0;
+    int err;
+    if (in_memory) place = from->key_pem ? "key_pem" : "certificate_pem";
+    err = tcpsrv__pem_open(&pem, text, place, &mode);
+    if (err) return err;
+    if (mode & 077)
+        tcpsrv__tls_warn(tls, "%s: the private key may be read by others (mode %03o)", place,
+                         mode & 0777);
+    err = tcpsrv__key_read(pair, &pem);
+    tcpsrv__pem_close(&pem);
+    return err;
+}
+
+static TCPSRV__COLD int tcpsrv__pair_load(const tcpsrv_tls *tls, tcpsrv__pair *pair,
+                                          const tcpsrv_certificate *from) {
+    const char *place = from->certificate_pem ? "certificate_pem" : from->certificate_file;
+    br_x509_decoder_context decoder;
+    tcpsrv__pem pem;
+    unsigned mode;
+    int err;
+    if (!place) return tcpsrv__tls_fail("a certificate needs certificate_file or certificate_pem");
+    err = tcpsrv__pem_open(&pem, from->certificate_pem, place, &mode);
+    if (err) return err;
+    err = tcpsrv__chain_read(pair, &pem);
+    tcpsrv__pem_close(&pem);
+    if (!err) err = tcpsrv__leaf_check(tls, pair, place, &decoder);
+    if (!err) err = tcpsrv__pair_read_key(tls, pair, from);
+    if (!err) err = tcpsrv__pair_check(pair, place, &decoder.pkey);
+    return err ? err : tcpsrv__pair_name(pair, from->server_name);
+}
+
+/* ---- whom to trust --------------------------------------------------------------------------- */
+
+static TCPSRV__COLD void tcpsrv__anchors_free(tcpsrv_tls *tls) {
+    size_t i;
+    for (i = 0; i < tls->anchor_count; i++) tcpsrv__free(tls->anchors[i].dn.data);
+    tcpsrv__free(tls->anchors);
+    tls->anchors = NULL;
+    tls->anchor_count = 0;
+}
+
+/* A copy that lies behind what is there already. */
+static unsigned char *tcpsrv__copy_behind(unsigned char **at, const void *data, size_t size) {
+    unsigned char *copy = *at;
+    memcpy(copy, data, size);
+    *at += size;
+    return copy;
+}
+
+/* Name and key of an authority in one piece of memory. */
+static TCPSRV__COLD int tcpsrv__anchor_fill(br_x509_trust_anchor *anchor, const br_x509_pkey *key,
+                                            const tcpsrv__span *name) {
+    size_t name_size = tcpsrv__span_size(name);
+    unsigned char *memory;
+    int rsa = key->key_type == BR_KEYTYPE_RSA;
+    size_t key_size = rsa ? key->key.rsa.nlen + key->key.rsa.elen : key->key.ec.qlen;
+    memory = (unsigned char *)TCPSERVER_REALLOC(NULL, name_size + key_size);
+    if (!memory) return -ENOMEM;
+    anchor->dn.data = tcpsrv__copy_behind(&memory, name->at, name_size);
+    anchor->dn.len = name_size;
+    anchor->pkey = *key;
+    if (rsa) {
+        anchor->pkey.key.rsa.n = tcpsrv__copy_behind(&memory, key->key.rsa.n, key->key.rsa.nlen);
+        anchor->pkey.key.rsa.e = tcpsrv__copy_behind(&memory, key->key.rsa.e, key->key.rsa.elen);
+    } else {
+        anchor->pkey.key.ec.q = tcpsrv__copy_behind(&memory, key->key.ec.q, key->key.ec.qlen);
+    }
+    return 0;
+}
+
+/* Adds a certificate to those that are trusted; one that the engine cannot use is left out. */
+static TCPSRV__COLD int tcpsrv__anchor_add(tcpsrv_tls *tls, const tcpsrv__pem *pem) {
+    br_x509_decoder_context decoder;
+    tcpsrv__certificate_parts parts;
+    const br_x509_pkey *key;
+    br_x509_trust_anchor *grown;
+    size_t n = tls->anchor_count;
+    br_x509_decoder_init(&decoder, NULL, NULL);
+    br_x509_decoder_push(&decoder, pem->der, pem->der_size);
+    key = br_x509_decoder_get_pkey(&decoder);
+    if (!key || tcpsrv__certificate_split(pem->der, pem->der_size, &parts) != 0) return 0;
+    if ((n & (n - 1)) == 0) { /* full: rooms are powers of two */
+        grown = (br_x509_trust_anchor *)TCPSERVER_REALLOC(tls->anchors,
+                                                          (n ? 2 * n : 1) * sizeof *grown);
+        if (!grown) return -ENOMEM;
+        tls->anchors = grown;
+    }
+    memset(&tls->anchors[n], 0, sizeof tls->anchors[n]);
+    if (tcpsrv__anchor_fill(&tls->anchors[n], key, &parts.name) != 0) return -ENOMEM;
+    tls->anchors[n].flags = br_x509_decoder_isCA(&decoder) ? BR_X509_TA_CA : 0;
+    tls->anchor_count++;
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__anchors_load(tcpsrv_tls *tls, const char *text,
+                                             const char *place) {
+    tcpsrv__pem pem;
+    unsigned mode;
+    int n = tcpsrv__pem_open(&pem, text, place, &mode), err = 0;
+    if (n) return n;
+    while (!err && (n = tcpsrv__pem_next(&pem)) == 1)
+        if (tcpsrv__pem_is_certificate(&pem) && tcpsrv__anchor_add(tls, &pem) != 0)
+            err = tcpsrv__tls_fail("%s: %s", place, strerror(ENOMEM));
+    tcpsrv__pem_close(&pem);
+    if (err || n < 0) return err ? err : n;
+    return tls->anchor_count ? 0 : tcpsrv__tls_fail("%s: no certificate of an authority with a key "
+                                                    "that works (RSA, EC)", place);
+}
+
+/* A client without a file of its own trusts whom the system trusts. */
+static TCPSRV__COLD int tcpsrv__anchors_of_system(tcpsrv_tls *tls) {
+    static const char *const places[2] = { "/etc/ssl/certs/ca-certificates.crt",
+                                           "/etc/ssl/cert.pem" };
+    const char *own = getenv("SSL_CERT_FILE");
+    size_t size = 0;
+    unsigned mode;
+    int i;
+    if (own && *own) return tcpsrv__anchors_load(tls, NULL, own);
+    for (i = 0; i < 2; i++)
+        if (tcpsrv__sys_read_file(places[i], NULL, &size, &mode) == 0)
+            return tcpsrv__anchors_load(tls, NULL, places[i]);
+    return tcpsrv__tls_fail("no ca_file, and the system has no bundle in %s or %s", places[0],
+                            places[1]);
+}
+
+/* ---- making a configuration ------------------------------------------------------------------ */
+
+/* What the processor does fast comes first: without its help AES is slower than ChaCha20. */
+static const uint16_t tcpsrv__suites_aes[6] = {
+    BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+    BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256
+};
+static const uint16_t tcpsrv__suites_chacha[6] = {
+    BR_TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+    BR_TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+    BR_TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384
+};
+
+static const char *tcpsrv__suite_name(unsigned suite) {
+    switch (suite) {
+    case 0xc02b: return "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256";
+    case 0xc02f: return "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256";
+    case 0xc02c: return "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384";
+    case 0xc030: return "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384";
+    case 0xcca9: return "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256";
+    case 0xcca8: return "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256";
+    default: return "";
+    }
+}
+
+/* What both roles have in common. */
+static TCPSRV__COLD void tcpsrv__template_fill(const tcpsrv_tls *tls,
+                                               br_ssl_engine_context *core) {
+    int aes = br_aes_x86ni_ctr_get_vtable() && br_ghash_pclmul_get();
+    br_ssl_engine_set_versions(core, BR_TLS12, BR_TLS12);
+    br_ssl_engine_set_suites(core, aes ? tcpsrv__suites_aes : tcpsrv__suites_chacha, 6);
+    br_ssl_engine_set_default_ec(core);
+    br_ssl_engine_set_default_rsavrfy(core);
+    br_ssl_engine_set_default_ecdsa(core);
+    br_ssl_engine_set_default_aes_gcm(core);
+    br_ssl_engine_set_default_chapol(core);
+    br_ssl_engine_set_hash(core, br_sha256_ID, &br_sha256_vtable);
+    br_ssl_engine_set_hash(core, br_sha384_ID, &br_sha384_vtable);
+    br_ssl_engine_set_hash(core, br_sha512_ID, &br_sha512_vtable);
+    br_ssl_engine_set_prf_sha256(core, br_tls12_sha256_prf);
+    br_ssl_engine_set_prf_sha384(core, br_tls12_sha384_prf);
+    br_ssl_engine_set_all_flags(core, BR_OPT_ENFORCE_SERVER_PREFERENCES |
+                                          BR_OPT_NO_RENEGOTIATION);
+    if (tls->alpn_count) br_ssl_engine_set_protocol_names(core, tls->alpn, tls->alpn_count);
+}
+
+static TCPSRV__COLD void tcpsrv__tls_templates(tcpsrv_tls *tls) {
+    br_ssl_server_zero(&tls->server);
+    tcpsrv__template_fill(tls, &tls->server.eng);
+    if (tls->client_certificates != TCPSRV_TLS_NONE)
+        br_ssl_server_set_trust_anchor_names_alt(&tls->server, tls->anchors, tls->anchor_count);
+    if (tls->client_certificates == TCPSRV_TLS_OPTIONAL)
+        br_ssl_engine_add_flags(&tls->server.eng, BR_OPT_TOLERATE_NO_CLIENT_AUTH);
+    br_ssl_client_zero(&tls->client);
+    tcpsrv__template_fill(tls, &tls->client.eng);
+}
+
+static TCPSRV__COLD int tcpsrv__alpn_copy(tcpsrv_tls *tls, const char *const *names) {
+    size_t n = 0, size;
+    char *copy;
+    if (!names) return 0;
+    tls->alpn = (const char **)tcpsrv__alloc(TCPSRV__TLS_ALPN_MAX * sizeof *tls->alpn);
+    for (; names[n]; n++) {
+        size = strlen(names[n]);
+        if (!size || size > 255)
+            return tcpsrv__tls_fail("alpn: a name has 1 to 255 bytes, name %d has %u", (int)n + 1,
+                                    (unsigned)size);
+        if (n == TCPSRV__TLS_ALPN_MAX)
+            return tcpsrv__tls_fail("alpn: more than %d names", TCPSRV__TLS_ALPN_MAX);
+        copy = tls->alpn ? (char *)TCPSERVER_REALLOC(NULL, size + 1) : NULL;
+        if (!copy) return tcpsrv__tls_fail("alpn: %s", strerror(ENOMEM));
+        memcpy(copy, names[n], size + 1);
+        tls->alpn[tls->alpn_count++] = copy;
+    }
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__pairs_load(tcpsrv_tls *tls, const tcpsrv_tls_options *options) {
+    size_t i;
+    int err = 0;
+    if (!options->certificate_count) return 0;
+    tls->pairs = (tcpsrv__pair *)tcpsrv__alloc(options->certificate_count * sizeof *tls->pairs);
+    if (!tls->pairs) return tcpsrv__tls_fail("certificates: %s", strerror(ENOMEM));
+    for (i = 0; i < options->certificate_count && !err; i++) {
+        tls->pair_count++; /* also a half-filled one is freed */
+        err = tcpsrv__pair_load(tls, &tls->pairs[i], &options->certificates[i]);
+    }
+    return err;
+}
+
+static TCPSRV__COLD int tcpsrv__tls_load(tcpsrv_tls *tls, const tcpsrv_tls_options *options) {
+    int err = tcpsrv__alpn_copy(tls, options->alpn);
+    if (!err) err = tcpsrv__pairs_load(tls, options);
+    if (err) return err;
+    if (options->ca_file || options->ca_pem)
+        return tcpsrv__anchors_load(tls, options->ca_pem,
+                                    options->ca_pem ? "ca_pem" : options->ca_file);
+    if (tls->client_certificates != TCPSRV_TLS_NONE)
+        return tcpsrv__tls_fail("client certificates need a ca_file, so that they can be verified");
+    if (!tls->pair_count && !tls->no_verify) return tcpsrv__anchors_of_system(tls);
+    return 0;
+}
+
+static TCPSRV__COLD void tcpsrv__session_clear(tcpsrv__session *session) {
+    tcpsrv__free(session->peer);
+    tcpsrv__wipe(session, sizeof *session);
+}
+
+static TCPSRV__COLD void tcpsrv__tls_destroy(tcpsrv_tls *tls) {
+    size_t i;
+    for (i = 0; i < tls->pair_count; i++) tcpsrv__pair_free(&tls->pairs[i]);
+    for (i = 0; i < tls->alpn_count; i++) tcpsrv__free((void *)(uintptr_t)tls->alpn[i]);
+    for (i = 0; tls->sessions && i < tls->session_count; i++)
+        tcpsrv__session_clear(&tls->sessions[i]);
+    tcpsrv__anchors_free(tls);
+    tcpsrv__free(tls->sessions);
+    tcpsrv__free(tls->pairs);
+    tcpsrv__free(tls->alpn);
+    pthread_mutex_destroy(&tls->lock);
+    tcpsrv__free(tls);
+}
+
+static TCPSRV__COLD tcpsrv_tls *tcpsrv__tls_hold(tcpsrv_tls *tls) {
+    pthread_mutex_lock(&tls->lock);
+    tls->refs++;
+    pthread_mutex_unlock(&tls->lock);
+    return tls;
+}
+
+TCPSRV_IMPL void tcpsrv_tls_free(tcpsrv_tls *tls) {
+    size_t left;
+    if (!tls) return;
+    pthread_mutex_lock(&tls->lock);
+    left = --tls->refs;
+    pthread_mutex_unlock(&tls->lock);
+    if (!left) tcpsrv__tls_destroy(tls);
+}
+
+static TCPSRV__COLD size_t tcpsrv__session_room(const tcpsrv_tls_options *options) {
+    size_t count = options->session_cache > 0 ? (size_t)options->session_cache : 0;
+    if (options->session_cache == 0 && options->client_certificates != TCPSRV_TLS_REQUIRED)
+        count = TCPSRV__SESSIONS;
+    return (count + TCPSRV__SESSION_WAYS - 1) / TCPSRV__SESSION_WAYS * TCPSRV__SESSION_WAYS;
+}
+
+TCPSRV_IMPL tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options) {
+    tcpsrv_tls *tls = (tcpsrv_tls *)tcpsrv__alloc(sizeof *tls);
+    unsigned ttl_s = options->session_ttl_s ? options->session_ttl_s : TCPSRV__SESSION_TTL_S;
+    if (!tls || pthread_mutex_init(&tls->lock, NULL) != 0) {
+        tcpsrv__free(tls);
+        tcpsrv__fail(-ENOMEM, "tls_new", NULL);
+        return NULL;
+    }
+    tls->refs = 1;
+    tls->session_count = tcpsrv__session_room(options);
+    tls->session_ttl_ns = (uint64_t)ttl_s * 1000000000u;
+    tls->client_certificates = options->client_certificates;
+    tls->no_verify = options->no_verify;
+    tls->on_sni = options->on_sni;
+    tls->log = options->log;
+    tls->user = options->user;
+    if (tcpsrv__tls_load(tls, options) == 0) {
+        tcpsrv__tls_templates(tls);
+        return tls;
+    }
+    tcpsrv__tls_destroy(tls);
+    return NULL;
+}
+
+/* ---- the first record ------------------------------------------------------------------------ */
+
+enum { TCPSRV__ALPN_NONE, TCPSRV__ALPN_OURS, TCPSRV__ALPN_FOREIGN };
+
+typedef struct tcpsrv__hello {      /* what a ClientHello says, RFC 5246 7.4.1.2 */
+    tcpsrv__span name;              /* server name; at NULL: none */
+    int version;                    /* the highest that the client takes as its own */
+    int knows_tls12;
+    int alpn;
+    int whole;                      /* all of it was in the record, and well formed */
+} tcpsrv__hello;
+
+/* A list behind its size. 0 or -1. */
+static int tcpsrv__span_list(tcpsrv__span *from, int size_bytes, tcpsrv__span *list) {
+    return tcpsrv__span_take(from, tcpsrv__span_number(from, size_bytes), list);
+}
+
+static void tcpsrv__hello_name(tcpsrv__span at, tcpsrv__hello *hello) {
+    tcpsrv__span list, name;
+    if (tcpsrv__span_list(&at, 2, &list) != 0) return;
+    while (tcpsrv__span_size(&list) > 0)
+        if (tcpsrv__span_number(&list, 1) == 0 && tcpsrv__span_list(&list, 2, &name) == 0 &&
+            tcpsrv__span_size(&name) < 256) {
+            hello->name = name;
+            return;
+        }
+}
+
+static int tcpsrv__alpn_has(const tcpsrv_tls *tls, const tcpsrv__span *name) {
+    size_t i, size = tcpsrv__span_size(name);
+    for (i = 0; i < tls->alpn_count; i++)
+        if (strlen(tls->alpn[i]) == size && memcmp(tls->alpn[i], name->at, size) == 0) return 1;
+    return 0;
+}
+
+/* Foreign as long as no name is ours, and for ever when the extension is there twice. */
+static void tcpsrv__hello_alpn(const tcpsrv_tls *tls, tcpsrv__span at, tcpsrv__hello *hello) {
+    tcpsrv__span list, name;
+    int again = hello->alpn != TCPSRV__ALPN_NONE;
+    hello->alpn = TCPSRV__ALPN_FOREIGN;
+    if (again || tcpsrv__span_list(&at, 2, &list) != 0 || at.at != at.end) return;
+    while (tcpsrv__span_size(&list) > 0) {
+        if (tcpsrv__span_list(&list, 1, &name) != 0) {
+            hello->alpn = TCPSRV__ALPN_FOREIGN;
+            return;
+        }
+        if (tcpsrv__alpn_has(tls, &name)) hello->alpn = TCPSRV__ALPN_OURS;
+    }
+}
+
+static void tcpsrv__hello_versions(tcpsrv__span at, tcpsrv__hello *hello) {
+    tcpsrv__span list;
+    if (tcpsrv__span_list(&at, 1, &list) != 0) return;
+    hello->knows_tls12 = 0;
+    while (tcpsrv__span_size(&list) > 1)
+        if (tcpsrv__span_number(&list, 2) == 0x0303) hello->knows_tls12 = 1;
+}
+
+static void tcpsrv__hello_extensions(const tcpsrv_tls *tls, tcpsrv__span *at,
+                                     tcpsrv__hello *hello) {
+    tcpsrv__span list, one;
+    long kind;
+    if (tcpsrv__span_list(at, 2, &list) != 0) return;
+    while (tcpsrv__span_size(&list) > 0) {
+        kind = tcpsrv__span_number(&list, 2);
+        if (kind < 0 || tcpsrv__span_list(&list, 2, &one) != 0) return;
+        if (kind == 0 && !hello->name.at) tcpsrv__hello_name(one, hello);
+        else if (kind == 16) tcpsrv__hello_alpn(tls, one, hello);
+        else if (kind == 43) tcpsrv__hello_versions(one, hello);
+    }
+    hello->whole = at->at == at->end;
+}
+
+/* Reads the first record of a connection, of which 5 + its length bytes are there. */
+static void tcpsrv__hello_read(const tcpsrv_tls *tls, const unsigned char *record, size_t size,
+                               tcpsrv__hello *hello) {
+    tcpsrv__span at, body, skipped;
+    memset(hello, 0, sizeof *hello);
+    at.at = record + 5;
+    at.end = record + size;
+    if (tcpsrv__span_number(&at, 1) != 1 || tcpsrv__span_list(&at, 3, &body) != 0) {
+        hello->version = 0x0303; /* no hello, or a part of one: the engine's matter */
+        hello->knows_tls12 = 1;
+        return;
+    }
+    hello->version = (int)tcpsrv__span_number(&body, 2);
+    hello->knows_tls12 = 1;
+    if (tcpsrv__span_take(&body, 32, &skipped) != 0) return;    /* random */
+    if (tcpsrv__span_list(&body, 1, &skipped) != 0) return;     /* session id */
+    if (tcpsrv__span_list(&body, 2, &skipped) != 0) return;     /* suites */
+    if (tcpsrv__span_list(&body, 1, &skipped) != 0) return;     /* compression */
+    hello->whole = body.at == body.end;
+    if (!hello->whole) tcpsrv__hello_extensions(tls, &body, hello);
+}
+
+/* How many bytes the record has that begins like this; 0: not known yet; -1: it is not TLS. */
+static long tcpsrv__record_size(const unsigned char *data, size_t size) {
+    long length;
+    if (size > 0 && data[0] != 22) return -1;
+    if (size > 1 && data[1] != 3) return -1;
+    if (size < 5) return 0;
+    length = (long)data[3] << 8 | data[4];
+    return length < 4 || length > 16384 ? -1 : 5 + length;
+}
+
+/* ---- the engine ------------------------------------------------------------------------------ */
+
+enum {
+    TCPSRV__ENGINE_DONE = 1,        /* the handshake is over */
+    TCPSRV__ENGINE_HAS_OUT = 2,     /* ciphertext to be sent */
+    TCPSRV__ENGINE_HAS_PLAIN = 4,   /* plaintext to be read */
+    TCPSRV__ENGINE_ENDED = 8,       /* by close_notify; and then nothing can be written either */
+    TCPSRV__ENGINE_FAILED = 16,
+    TCPSRV__RECORDS_SIZE = BR_SSL_BUFSIZE_BIDI,
+    TCPSRV__RECORDS_KEEP = 16
+};
+
+typedef struct tcpsrv__records {    /* memory for records, shared by the connections of a loop */
+    unsigned char *spare[TCPSRV__RECORDS_KEEP];
+    unsigned count;
+} tcpsrv__records;
+
+typedef struct tcpsrv__verifier {   /* stands before BearSSL's own verification, for a handshake */
+    const br_x509_class *vtable;
+    struct tcpsrv__engine *engine;
+    unsigned char *leaf;
+    size_t leaf_size, leaf_room, count;
+    unsigned usages;
+    union {
+        br_x509_minimal_context minimal;
+        br_x509_decoder_context decoder;    /* where nothing is verified */
+    } by;
+} tcpsrv__verifier;
+
+typedef struct tcpsrv__engine {
+    br_ssl_engine_context *core;    /* in the context below */
+    tcpsrv_tls *tls;
+    tcpsrv__records *pool;
+    unsigned char *records;         /* NULL while it is idle */
+    unsigned char *first;           /* the first record as it comes; NULL once it was read */
+    size_t first_size, first_room;
+    tcpsrv__verifier *verifier;     /* until the end of the handshake */
+    tcpsrv__identity *peer;
+    int error;
+    int pair;                       /* that on_sni chose; -1: the names decide */
+    int refused;                    /* what the verifier found; takes effect with the record */
+    unsigned char is_client, started, done, ended, resumed, speaks, asked;
+    unsigned char alert[7], alert_left;
+    unsigned char ip_size, ip[16];  /* of the host, where it was given as an address */
+    unsigned char name[32];         /* hash of the server name that the client asked for */
+    const br_ssl_server_policy_class *policy;
+    const br_ssl_session_cache_class *cache;
+    union {
+        br_ssl_server_context server;
+        br_ssl_client_context client;
+    } context;
+} tcpsrv__engine;
+
+static TCPSRV__COLD void tcpsrv__engine_fail(tcpsrv__engine *engine, int code);
+
+static unsigned char *tcpsrv__records_take(tcpsrv__records *pool) {
+    if (pool->count) return pool->spare[--pool->count];
+    return (unsigned char *)TCPSERVER_REALLOC(NULL, TCPSRV__RECORDS_SIZE);
+}
+
+static void tcpsrv__records_give(tcpsrv__records *pool, unsigned char *records) {
+    if (pool->count < TCPSRV__RECORDS_KEEP) pool->spare[pool->count++] = records;
+    else tcpsrv__free(records);
+}
+
+static TCPSRV__COLD void tcpsrv__records_free(tcpsrv__records *pool) {
+    while (pool->count) tcpsrv__free(pool->spare[--pool->count]);
+}
+
+/* ---- the engine: which certificate ----------------------------------------------------------- */
+
+static int tcpsrv__lower(int letter) {
+    return letter >= 'A' && letter <= 'Z' ? letter + 32 : letter;
+}
+
+static int tcpsrv__same_name(const char *a, const char *b) {
+    while (*a && tcpsrv__lower(*a) == tcpsrv__lower(*b)) a++, b++;
+    return *a == *b;
+}
+
+/* "*.example.org" stands for names with one label more (RFC 6125 6.4.3). */
+static int tcpsrv__name_matches(const char *pattern, const char *name) {
+    const char *dot = strchr(name, '.');
+    if (pattern[0] != '*' || pattern[1] != '.') return tcpsrv__same_name(pattern, name);
+    return dot && dot != name && tcpsrv__same_name(pattern + 1, dot);
+}
+
+static int tcpsrv__pair_is_for(const tcpsrv__pair *pair, const char *name) {
+    const char *own = pair->names;
+    for (; *own; own += strlen(own) + 1)
+        if (tcpsrv__name_matches(own, name)) return 1;
+    return 0;
+}
+
+/* The best hash that the client takes for a signature of that kind; 0: none. */
+static unsigned tcpsrv__signing_hash(const br_ssl_server_context *core, int type) {
+    uint32_t hashes = br_ssl_server_get_client_hashes(core) >> (type == BR_KEYTYPE_EC ? 8 : 0);
+    unsigned id;
+    for (id = br_sha256_ID; id <= br_sha512_ID; id++)
+        if (hashes & (uint32_t)1 << id) return id;
+    return 0;
+}
+
+/* Whether the client can do with that pair; fills in the choice. */
+static int tcpsrv__pair_suits(const tcpsrv__pair *pair, const br_ssl_server_context *core,
+                              br_ssl_server_choices *choices) {
+    unsigned wanted = pair->type == BR_KEYTYPE_EC ? BR_SSLKEYX_ECDHE_ECDSA : BR_SSLKEYX_ECDHE_RSA;
+    unsigned hash = tcpsrv__signing_hash(core, pair->type);
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(pair->key);
+    const br_suite_translated *suites;
+    size_t i, count;
+    if (!hash) return 0;
+    if (ec && !(br_ssl_server_get_client_curves(core) >> ec->curve & 1)) return 0;
+    suites = br_ssl_server_get_client_suites(core, &count);
+    for (i = 0; i < count && (unsigned)(suites[i][1] >> 12) != wanted; i++) continue;
+    if (i == count) return 0;
+    choices->cipher_suite = suites[i][0];
+    choices->algo_id = 0xff00u + hash;
+    choices->chain = pair->chain;
+    choices->chain_len = pair->chain_length;
+    return 1;
+}
+
+/* Asks on_sni, once. 0, or the refusal. */
+static TCPSRV__COLD int tcpsrv__engine_ask_name(tcpsrv__engine *engine, const char *name) {
+    tcpsrv_tls *tls = engine->tls;
+    int index;
+    if (engine->asked || !tls->on_sni) return 0;
+    engine->asked = 1;
+    index = tls->on_sni(tls->user, name);
+    if (index < 0 || (size_t)index >= tls->pair_count) return TCPSRV_ETLS_NAME;
+    engine->pair = index;
+    return 0;
+}
+
+static int tcpsrv__policy_choose(const br_ssl_server_policy_class **policy,
+                                 const br_ssl_server_context *core,
+                                 br_ssl_server_choices *choices) {
+    tcpsrv__engine *engine = TCPSRV__CONTAINER(tcpsrv__engine, policy, policy);
+    const tcpsrv_tls *tls = engine->tls;
+    const char *name = br_ssl_engine_get_server_name(&core->eng);
+    int pass, i, count = (int)tls->pair_count;
+    if (engine->resumed) { /* the session would not do after all: nor is its peer known */
+        tcpsrv__free(engine->peer);
+        engine->peer = NULL;
+        engine->resumed = 0;
+    }
+    if (tcpsrv__engine_ask_name(engine, *name ? name : NULL) != 0) return 0;
+    for (pass = 0; pass < 2; pass++)
+        for (i = 0; i < count; i++) {
+            const tcpsrv__pair *pair = &tls->pairs[i];
+            if (engine->pair >= 0 && engine->pair != i) continue;
+            if (pass == 0 && engine->pair < 0 && !tcpsrv__pair_is_for(pair, name)) continue;
+            if (!tcpsrv__pair_suits(pair, core, choices)) continue;
+            engine->pair = i;
+            return 1;
+        }
+    return 0;
+}
+
+/* Key exchange by the certificate's own key is not offered. */
+static uint32_t tcpsrv__policy_exchange(const br_ssl_server_policy_class **policy,
+                                        unsigned char *data, size_t *size) {
+    (void)policy, (void)data, (void)size;
+    return 0;
+}
+
+static size_t tcpsrv__policy_sign(const br_ssl_server_policy_class **policy, unsigned hash,
+                                  unsigned char *data, size_t hash_size, size_t room) {
+    const tcpsrv__engine *engine = TCPSRV__CONTAINER(tcpsrv__engine, policy, policy);
+    (void)hash_size;
+    return tcpsrv__pair_sign(&engine->tls->pairs[engine->pair], hash & 0xff, data, room);
+}
+
+static const br_ssl_server_policy_class tcpsrv__policy_class = {
+    sizeof(tcpsrv__engine), tcpsrv__policy_choose, tcpsrv__policy_exchange, tcpsrv__policy_sign
+};
+
+/* ---- the engine: sessions -------------------------------------------------------------------- */
+
+static tcpsrv__identity *tcpsrv__identity_copy(const tcpsrv__identity *from) {
+    tcpsrv__identity *copy = from ? (tcpsrv__identity *)tcpsrv__alloc(sizeof *copy) : NULL;
+    if (copy) *copy = *from;
+    return copy;
+}
+
+/* By our own reading of the hello: the engine asks for a session before it knows the name. */
+static TCPSRV__COLD void tcpsrv__session_name(tcpsrv__engine *engine, const char *name) {
+    br_sha256_context sha;
+    br_sha256_init(&sha);
+    for (; *name; name++) {
+        char letter = (char)tcpsrv__lower(*name);
+        br_sha256_update(&sha, &letter, 1);
+    }
+    br_sha256_out(&sha, engine->name);
+}
+
+/* The few places where a session with that id may be; under the lock. */
+static tcpsrv__session *tcpsrv__session_set(const tcpsrv_tls *tls, const unsigned char *id) {
+    uint32_t number = (uint32_t)id[0] << 24 | (uint32_t)id[1] << 16 | (uint32_t)id[2] << 8 | id[3];
+    size_t sets = tls->session_count / TCPSRV__SESSION_WAYS;
+    return tls->sessions + number % sets * TCPSRV__SESSION_WAYS;
+}
+
+static void tcpsrv__session_expire(const tcpsrv_tls *tls, tcpsrv__session *set) {
+    uint64_t now = tcpsrv__clock_ns();
+    int i;
+    for (i = 0; i < TCPSRV__SESSION_WAYS; i++)
+        if (set[i].parameters.session_id_len && now - set[i].born_ns > tls->session_ttl_ns)
+            tcpsrv__session_clear(&set[i]);
+}
+
+/* The oldest of its set makes room. Without memory for the peer's identity there is no session. */
+static void tcpsrv__session_save(const br_ssl_session_cache_class **cache,
+                                 br_ssl_server_context *core,
+                                 const br_ssl_session_parameters *parameters) {
+    tcpsrv__engine *engine = TCPSRV__CONTAINER(tcpsrv__engine, cache, cache);
+    tcpsrv_tls *tls = engine->tls;
+    tcpsrv__identity *peer = tcpsrv__identity_copy(engine->peer);
+    tcpsrv__session *set, *oldest;
+    int i;
+    (void)core;
+    pthread_mutex_lock(&tls->lock);
+    if (!tls->sessions)
+        tls->sessions = (tcpsrv__session *)tcpsrv__alloc(tls->session_count *
+                                                         sizeof *tls->sessions);
+    if (tls->sessions && !peer == !engine->peer) {
+        set = oldest = tcpsrv__session_set(tls, parameters->session_id);
+        tcpsrv__session_expire(tls, set);
+        for (i = 1; i < TCPSRV__SESSION_WAYS; i++)
+            if (set[i].born_ns < oldest->born_ns) oldest = &set[i];
+        tcpsrv__session_clear(oldest);
+        oldest->parameters = *parameters;
+        oldest->born_ns = tcpsrv__clock_ns();
+        oldest->peer = peer;
+        memcpy(oldest->name, engine->name, sizeof oldest->name);
+        peer = NULL;
+    }
+    pthread_mutex_unlock(&tls->lock);
+    tcpsrv__free(peer);
+}
+
+/* A session goes on only for the name that it was made for, and keeps its peer's identity. */
+static int tcpsrv__session_load(const br_ssl_session_cache_class **cache,
+                                br_ssl_server_context *core,
+                                br_ssl_session_parameters *parameters) {
+    tcpsrv__engine *engine = TCPSRV__CONTAINER(tcpsrv__engine, cache, cache);
+    tcpsrv_tls *tls = engine->tls;
+    tcpsrv__session *set;
+    int i, found = 0;
+    (void)core;
+    pthread_mutex_lock(&tls->lock);
+    set = tls->sessions ? tcpsrv__session_set(tls, parameters->session_id) : NULL;
+    if (set) tcpsrv__session_expire(tls, set);
+    for (i = 0; set && i < TCPSRV__SESSION_WAYS && !found; i++) {
+        tcpsrv__identity *peer;
+        if (!set[i].parameters.session_id_len ||
+            memcmp(set[i].parameters.session_id, parameters->session_id, 32) != 0 ||
+            memcmp(set[i].name, engine->name, sizeof engine->name) != 0)
+            continue;
+        peer = tcpsrv__identity_copy(set[i].peer);
+        if (!peer != !set[i].peer) break;
+        *parameters = set[i].parameters;
+        engine->peer = peer;
+        found = 1;
+    }
+    pthread_mutex_unlock(&tls->lock);
+    engine->resumed = found ? 1 : 0;
+    return found;
+}
+
+static const br_ssl_session_cache_class tcpsrv__session_class = {
+    sizeof(tcpsrv__engine), tcpsrv__session_save, tcpsrv__session_load
+};
+
+/* ---- the engine: the peer's certificate ------------------------------------------------------ */
+
+static tcpsrv__verifier *tcpsrv__verifier_of(const br_x509_class *const *vtable) {
+    return (tcpsrv__verifier *)(uintptr_t)vtable; /* its first field */
+}
+
+static void tcpsrv__verifier_start(const br_x509_class **vtable, const char *host) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    verifier->count = verifier->leaf_size = 0;
+    if (!verifier->engine->tls->no_verify)
+        verifier->by.minimal.vtable->start_chain(&verifier->by.minimal.vtable, host);
+}
+
+static void tcpsrv__verifier_start_one(const br_x509_class **vtable, uint32_t size) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    if (verifier->count++ == 0 && size <= 65536) {
+        tcpsrv__free(verifier->leaf);
+        verifier->leaf = (unsigned char *)TCPSERVER_REALLOC(NULL, size + 1);
+        verifier->leaf_room = verifier->leaf ? size : 0;
+    }
+    if (!verifier->engine->tls->no_verify)
+        verifier->by.minimal.vtable->start_cert(&verifier->by.minimal.vtable, size);
+}
+
+static void tcpsrv__verifier_append(const br_x509_class **vtable, const unsigned char *data,
+                                    size_t size) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    if (verifier->count == 1 && verifier->leaf_room - verifier->leaf_size >= size) {
+        memcpy(verifier->leaf + verifier->leaf_size, data, size);
+        verifier->leaf_size += size;
+    }
+    if (!verifier->engine->tls->no_verify)
+        verifier->by.minimal.vtable->append(&verifier->by.minimal.vtable, data, size);
+}
+
+static void tcpsrv__verifier_end_one(const br_x509_class **vtable) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    if (!verifier->engine->tls->no_verify)
+        verifier->by.minimal.vtable->end_cert(&verifier->by.minimal.vtable);
+}
+
+/* Whether the certificate names the address that the client connects to (RFC 6125 B.2). */
+static int tcpsrv__certificate_has_ip(const tcpsrv__certificate_parts *parts,
+                                      const tcpsrv__engine *engine) {
+    tcpsrv__span list, ip;
+    if (tcpsrv__alt_names(parts, &list) != 0) return 0;
+    while (tcpsrv__alt_name_next(&list, TCPSRV__ALT_IP, &ip) == 0)
+        if (tcpsrv__span_size(&ip) == engine->ip_size &&
+            memcmp(ip.at, engine->ip, engine->ip_size) == 0)
+            return 1;
+    return 0;
+}
+
+/* What the engine's verification leaves out: usage, and hosts that are addresses. */
+static unsigned tcpsrv__verifier_judge(tcpsrv__verifier *verifier) {
+    const tcpsrv__engine *engine = verifier->engine;
+    tcpsrv__certificate_parts parts;
+    unsigned err = verifier->by.minimal.vtable->end_chain(&verifier->by.minimal.vtable);
+    if (err) return err;
+    if (tcpsrv__certificate_split(verifier->leaf, verifier->leaf_size, &parts) != 0)
+        return BR_ERR_X509_UNSUPPORTED;
+    if (!tcpsrv__certificate_serves(&parts, engine->is_client ? 1 : 2))
+        return (unsigned)(TCPSRV_ETLS - TCPSRV_ETLS_USAGE);
+    if (engine->ip_size && !tcpsrv__certificate_has_ip(&parts, engine))
+        return BR_ERR_X509_BAD_SERVER_NAME;
+    return 0;
+}
+
+static tcpsrv__identity *tcpsrv__identity_new(const tcpsrv__verifier *verifier) {
+    tcpsrv__identity *peer = (tcpsrv__identity *)tcpsrv__alloc(sizeof *peer);
+    tcpsrv__certificate_parts parts;
+    tcpsrv__span list, name;
+    br_sha256_context sha;
+    if (!peer) return NULL;
+    peer->verified = !verifier->engine->tls->no_verify;
+    br_sha256_init(&sha);
+    br_sha256_update(&sha, verifier->leaf, verifier->leaf_size);
+    br_sha256_out(&sha, peer->sha256);
+    if (tcpsrv__certificate_split(verifier->leaf, verifier->leaf_size, &parts) != 0) return peer;
+    tcpsrv__common_name(parts.subject, peer->name, sizeof peer->name);
+    if (tcpsrv__alt_names(&parts, &list) == 0 &&
+        tcpsrv__alt_name_next(&list, TCPSRV__ALT_DNS, &name) == 0)
+        tcpsrv__span_text(&name, peer->dns, sizeof peer->dns);
+    return peer;
+}
+
+/* Where nothing is verified only the key is wanted. */
+static unsigned tcpsrv__verifier_decode(tcpsrv__verifier *verifier) {
+    br_x509_decoder_init(&verifier->by.decoder, NULL, NULL);
+    br_x509_decoder_push(&verifier->by.decoder, verifier->leaf, verifier->leaf_size);
+    return (unsigned)br_x509_decoder_last_error(&verifier->by.decoder);
+}
+
+/* The engine goes on with a bad certificate where one is only optional: what was found is kept,
+   and the connection ended by it before anything that the peer says is believed. */
+static unsigned tcpsrv__verifier_end(const br_x509_class **vtable) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    tcpsrv__engine *engine = verifier->engine;
+    unsigned err;
+    if (!verifier->count) return BR_ERR_X509_EMPTY_CHAIN;
+    if (verifier->leaf && engine->tls->no_verify) err = tcpsrv__verifier_decode(verifier);
+    else err = verifier->leaf ? tcpsrv__verifier_judge(verifier) : BR_ERR_X509_LIMIT_EXCEEDED;
+    if (!err) {
+        tcpsrv__free(engine->peer);
+        engine->peer = tcpsrv__identity_new(verifier);
+        if (!engine->peer) err = BR_ERR_X509_LIMIT_EXCEEDED;
+    }
+    if (err) engine->refused = TCPSRV_ETLS - (int)err;
+    return err;
+}
+
+static const br_x509_pkey *tcpsrv__verifier_key(const br_x509_class *const *vtable,
+                                                unsigned *usages) {
+    tcpsrv__verifier *verifier = tcpsrv__verifier_of(vtable);
+    const br_x509_class *const *own = &verifier->by.minimal.vtable;
+    if (!verifier->engine->tls->no_verify) return (*own)->get_pkey(own, usages);
+    if (usages) *usages = BR_KEYTYPE_SIGN;
+    return br_x509_decoder_get_pkey(&verifier->by.decoder);
+}
+
+static const br_x509_class tcpsrv__verifier_class = {
+    sizeof(tcpsrv__verifier), tcpsrv__verifier_start, tcpsrv__verifier_start_one,
+    tcpsrv__verifier_append, tcpsrv__verifier_end_one, tcpsrv__verifier_end, tcpsrv__verifier_key
+};
+
+static TCPSRV__COLD int tcpsrv__verifier_make(tcpsrv__engine *engine) {
+    tcpsrv__verifier *verifier = (tcpsrv__verifier *)tcpsrv__alloc(sizeof *verifier);
+    br_x509_minimal_context *minimal;
+    unsigned id;
+    if (!verifier) return -ENOMEM;
+    minimal = &verifier->by.minimal;
+    verifier->vtable = &tcpsrv__verifier_class;
+    verifier->engine = engine;
+    engine->verifier = verifier;
+    br_ssl_engine_set_x509(engine->core, &verifier->vtable);
+    if (engine->tls->no_verify) return 0;
+    br_x509_minimal_init(minimal, &br_sha256_vtable, engine->tls->anchors,
+                         engine->tls->anchor_count);
+    br_x509_minimal_set_rsa(minimal, br_ssl_engine_get_rsavrfy(engine->core));
+    br_x509_minimal_set_ecdsa(minimal, br_ssl_engine_get_ec(engine->core),
+                              br_ssl_engine_get_ecdsa(engine->core));
+    br_x509_minimal_set_minrsa(minimal, 2048 / 8);
+    for (id = br_sha256_ID; id <= br_sha512_ID; id++)
+        br_x509_minimal_set_hash(minimal, (int)id, tcpsrv__hash_of(id));
+    return 0;
+}
+
+static TCPSRV__COLD void tcpsrv__verifier_free(tcpsrv__engine *engine) {
+    if (engine->verifier) tcpsrv__free(engine->verifier->leaf);
+    tcpsrv__free(engine->verifier);
+    engine->verifier = NULL;
+}
+
+/* ---- the engine: life ------------------------------------------------------------------------ */
+
+/* Memory for its records, before anything else is asked of it. 0 or -ENOMEM. */
+static int tcpsrv__engine_wake(tcpsrv__engine *engine) {
+    if (engine->records) return 0;
+    engine->records = tcpsrv__records_take(engine->pool);
+    if (!engine->records) return -ENOMEM;
+    if (!engine->started) return 0;
+    engine->core->ibuf = engine->records;
+    engine->core->obuf = engine->records + BR_SSL_BUFSIZE_INPUT;
+    return 0;
+}
+
+/* Between two records the engine has nothing in them: they go back to the pool. */
+static void tcpsrv__engine_rest(tcpsrv__engine *engine) {
+    size_t size = 0;
+    if (!engine->records || !engine->started) return;
+    if (!engine->error && !engine->ended &&
+        (!br_ssl_engine_recvrec_buf(engine->core, &size) || size != 5 ||
+         br_ssl_engine_sendrec_buf(engine->core, &size) ||
+         br_ssl_engine_recvapp_buf(engine->core, &size)))
+        return;
+    if (!engine->error && engine->ended && br_ssl_engine_sendrec_buf(engine->core, &size)) return;
+    engine->core->ibuf = engine->core->obuf = NULL;
+    tcpsrv__records_give(engine->pool, engine->records);
+    engine->records = NULL;
+}
+
+/* Numeric hosts are no server names (RFC 6066 3): they are looked for in the certificate. */
+static TCPSRV__COLD void tcpsrv__engine_set_ip(tcpsrv__engine *engine, const char *host) {
+    if (!host) return;
+    if (inet_pton(AF_INET, host, engine->ip) == 1) engine->ip_size = 4;
+    else if (inet_pton(AF_INET6, host, engine->ip) == 1) engine->ip_size = 16;
+}
+
+static TCPSRV__COLD void tcpsrv__engine_show_pair(tcpsrv__engine *engine) {
+    br_ssl_client_context *client = &engine->context.client;
+    const tcpsrv__pair *pair = &engine->tls->pairs[0];
+    const br_ec_private_key *ec = br_skey_decoder_get_ec(pair->key);
+    if (ec)
+        br_ssl_client_set_single_ec(client, pair->chain, pair->chain_length, ec, BR_KEYTYPE_SIGN,
+                                    BR_KEYTYPE_EC, br_ec_get_default(),
+                                    br_ecdsa_sign_asn1_get_default());
+    else
+        br_ssl_client_set_single_rsa(client, pair->chain, pair->chain_length,
+                                     br_skey_decoder_get_rsa(pair->key),
+                                     br_rsa_pkcs1_sign_get_default());
+}
+
+/* Randomness from the system for each connection: also in a child that was forked before it. */
+static TCPSRV__COLD int tcpsrv__engine_start(tcpsrv__engine *engine, const char *host,
+                                             int resumable) {
+    unsigned char seed[32];
+    tcpsrv_tls *tls = engine->tls;
+    int err = 0, ok;
+    if (engine->is_client) engine->context.client = tls->client;
+    else engine->context.server = tls->server;
+    if (engine->is_client || tls->client_certificates != TCPSRV_TLS_NONE)
+        err = tcpsrv__verifier_make(engine);
+    if (!err) err = tcpsrv__engine_wake(engine);
+    if (!err) err = tcpsrv__sys_random(seed, sizeof seed);
+    if (err) return err;
+    br_ssl_engine_set_buffers_bidi(engine->core, engine->records, BR_SSL_BUFSIZE_INPUT,
+                                   engine->records + BR_SSL_BUFSIZE_INPUT,
+                                   BR_SSL_BUFSIZE_OUTPUT);
+    br_ssl_engine_inject_entropy(engine->core, seed, sizeof seed);
+    tcpsrv__wipe(seed, sizeof seed);
+    if (engine->is_client) {
+        if (tls->pair_count) tcpsrv__engine_show_pair(engine);
+        tcpsrv__engine_set_ip(engine, host);
+        ok = br_ssl_client_reset(&engine->context.client, engine->ip_size ? NULL : host, 0);
+    } else {
+        br_ssl_server_set_policy(&engine->context.server, &engine->policy);
+        if (resumable && tls->session_count)
+            br_ssl_server_set_cache(&engine->context.server, &engine->cache);
+        ok = br_ssl_server_reset(&engine->context.server);
+    }
+    engine->started = 1;
+    return ok ? 0 : TCPSRV_ETLS - br_ssl_engine_last_error(engine->core);
+}
+
+static TCPSRV__COLD void tcpsrv__engine_free(tcpsrv__engine *engine) {
+    if (!engine) return;
+    if (engine->records) tcpsrv__records_give(engine->pool, engine->records);
+    tcpsrv__verifier_free(engine);
+    tcpsrv__free(engine->first);
+    tcpsrv__free(engine->peer);
+    tcpsrv_tls_free(engine->tls);
+    tcpsrv__wipe(engine, sizeof *engine);
+    tcpsrv__free(engine);
+}
+
+/* A server's engine begins with the client's first record; a client's has one to send at once. */
+static TCPSRV__COLD int tcpsrv__engine_new(tcpsrv_tls *tls, int is_client, const char *host,
+                                           tcpsrv__records *pool, tcpsrv__engine **made) {
+    tcpsrv__engine *engine = (tcpsrv__engine *)tcpsrv__alloc(sizeof *engine);
+    int err = 0;
+    *made = engine;
+    if (!engine) return -ENOMEM;
+    engine->tls = tcpsrv__tls_hold(tls);
+    engine->pool = pool;
+    engine->is_client = is_client ? 1 : 0;
+    engine->pair = -1;
+    engine->policy = &tcpsrv__policy_class;
+    engine->cache = &tcpsrv__session_class;
+    engine->core = is_client ? &engine->context.client.eng : &engine->context.server.eng;
+    if (is_client) err = tcpsrv__engine_start(engine, host, 0);
+    if (!err) return 0;
+    tcpsrv__engine_free(engine);
+    *made = NULL;
+    return err;
+}
+
+/* ---- the engine: in and out ------------------------------------------------------------------ */
+
+/* An alert by our own hand, where the engine sends none: only while nothing is encrypted. */
+static TCPSRV__COLD void tcpsrv__engine_alert(tcpsrv__engine *engine, int number) {
+    static const unsigned char head[6] = { 21, 3, 3, 0, 2, 2 };
+    memcpy(engine->alert, head, sizeof head);
+    engine->alert[2] = engine->started ? 3 : 1; /* before a version was agreed on */
+    engine->alert[6] = (unsigned char)number;
+    engine->alert_left = sizeof engine->alert;
+}
+
+static int tcpsrv__alert_for(int code) {
+    switch (TCPSRV_ETLS - code) {
+    case BR_ERR_X509_EXPIRED: return BR_ALERT_CERTIFICATE_EXPIRED;
+    case BR_ERR_X509_NOT_TRUSTED: return BR_ALERT_UNKNOWN_CA;
+    case BR_ERR_NO_CLIENT_AUTH: case BR_ERR_X509_EMPTY_CHAIN: return BR_ALERT_HANDSHAKE_FAILURE;
+    case TCPSRV_ETLS - TCPSRV_ETLS_USAGE: return BR_ALERT_UNSUPPORTED_CERTIFICATE;
+    case TCPSRV_ETLS - TCPSRV_ETLS_NAME: return 112; /* unrecognized_name */
+    case TCPSRV_ETLS - TCPSRV_ETLS_VERSION: return BR_ALERT_PROTOCOL_VERSION;
+    default: return BR_ALERT_BAD_CERTIFICATE;
+    }
+}
+
+/* Whether an alert in clear is in place: not after a change of keys, nor inside a record. */
+static int tcpsrv__engine_in_clear(const tcpsrv__engine *engine) {
+    size_t size;
+    if (!engine->started) return 1;
+    return engine->core->out.vtable == &br_sslrec_out_clear_vtable && !engine->done &&
+           !br_ssl_engine_sendrec_buf(engine->core, &size);
+}
+
+static TCPSRV__COLD void tcpsrv__engine_fail(tcpsrv__engine *engine, int code) {
+    int number = TCPSRV_ETLS - code;
+    int certificate = (number >= BR_ERR_X509_INVALID_VALUE && number <= BR_ERR_X509_NOT_TRUSTED) ||
+                      number == BR_ERR_NO_CLIENT_AUTH || code == TCPSRV_ETLS_USAGE;
+    if (engine->error) return;
+    if ((certificate || code == TCPSRV_ETLS_NAME || code == TCPSRV_ETLS_VERSION) &&
+        tcpsrv__engine_in_clear(engine))
+        tcpsrv__engine_alert(engine, tcpsrv__alert_for(code));
+    engine->error = code;
+}
+
+/* What has become of it. The engine says of an optional certificate nothing, of a required one that
+   is bad only that there is none that would do. */
+static void tcpsrv__engine_settle(tcpsrv__engine *engine) {
+    size_t size;
+    int number;
+    if (engine->refused && !engine->done) {
+        tcpsrv__engine_fail(engine, engine->refused);
+    } else if (br_ssl_engine_current_state(engine->core) == BR_SSL_CLOSED) {
+        number = br_ssl_engine_last_error(engine->core);
+        if (number == BR_ERR_OK) engine->ended = 1;
+        else tcpsrv__engine_fail(engine, TCPSRV_ETLS - number);
+    } else if (!engine->done && br_ssl_engine_sendapp_buf(engine->core, &size)) {
+        engine->done = 1;
+        tcpsrv__verifier_free(engine);
+    }
+}
+
+/* Gives it ciphertext. How much it took: less than all where it has plaintext to be read first, or
+   something to send. */
+static size_t tcpsrv__engine_push(tcpsrv__engine *engine, const unsigned char *data, size_t size) {
+    size_t room, taken = 0;
+    unsigned char *to;
+    while (taken < size && !engine->error && !engine->ended) {
+        to = br_ssl_engine_recvrec_buf(engine->core, &room);
+        if (!to) break;
+        if (room > size - taken) room = size - taken;
+        memcpy(to, data + taken, room);
+        taken += room;
+        br_ssl_engine_recvrec_ack(engine->core, room);
+        tcpsrv__engine_settle(engine);
+    }
+    return taken;
+}
+
+/* The first record is whole: reads it, and lets the engine begin with it. */
+static TCPSRV__COLD int tcpsrv__engine_begin(tcpsrv__engine *engine) {
+    unsigned char *first = engine->first;
+    tcpsrv__hello hello;
+    char name[256] = "";
+    int err = 0;
+    tcpsrv__hello_read(engine->tls, first, engine->first_size, &hello);
+    if (hello.version < 0x0303 || !hello.knows_tls12) return TCPSRV_ETLS_VERSION;
+    if (hello.name.at) tcpsrv__span_text(&hello.name, name, sizeof name);
+    tcpsrv__session_name(engine, name);
+    if (hello.whole) err = tcpsrv__engine_ask_name(engine, name[0] ? name : NULL);
+    if (!err)
+        err = tcpsrv__engine_start(engine, NULL, hello.whole &&
+                                   (!engine->tls->alpn_count || hello.alpn != TCPSRV__ALPN_FOREIGN));
+    if (err) return err;
+    engine->first = NULL;
+    tcpsrv__engine_push(engine, first, engine->first_size);
+    tcpsrv__free(first);
+    return 0;
+}
+
+static TCPSRV__COLD int tcpsrv__first_grow(tcpsrv__engine *engine, size_t room) {
+    unsigned char *grown;
+    if (room <= engine->first_room) return 0;
+    grown = (unsigned char *)TCPSERVER_REALLOC(engine->first, room);
+    if (!grown) return -ENOMEM;
+    engine->first = grown;
+    engine->first_room = room;
+    return 0;
+}
+
+/* Gathers the first record; when it is whole the handshake begins. How much was taken. */
+static TCPSRV__COLD size_t tcpsrv__engine_first(tcpsrv__engine *engine, const unsigned char *data,
+                                                size_t size) {
+    size_t taken = 0;
+    long whole = 0;
+    int err = 0;
+    while (!err && taken < size && (!whole || engine->first_size < (size_t)whole)) {
+        size_t wanted = whole ? (size_t)whole : 5, n = wanted - engine->first_size;
+        if (n > size - taken) n = size - taken;
+        err = tcpsrv__first_grow(engine, wanted);
+        if (err) break;
+        memcpy(engine->first + engine->first_size, data + taken, n);
+        engine->first_size += n;
+        taken += n;
+        whole = tcpsrv__record_size(engine->first, engine->first_size);
+        if (whole < 0) err = TCPSRV_ETLS_PLAIN;
+    }
+    if (!err && whole > 0 && engine->first_size == (size_t)whole)
+        err = tcpsrv__engine_begin(engine);
+    if (err) tcpsrv__engine_fail(engine, err);
+    return taken;
+}
+
+/* Gives it ciphertext; how much it took. Where it failed or ended, all is taken and dropped. */
+static size_t tcpsrv__engine_feed(tcpsrv__engine *engine, const unsigned char *data, size_t size) {
+    size_t taken = 0;
+    if (size && engine->is_client && !engine->speaks) {
+        engine->speaks = 1;
+        if (data[0] < 20 || data[0] > 23) tcpsrv__engine_fail(engine, TCPSRV_ETLS_PLAIN);
+    }
+    if (!engine->started && !engine->error) taken = tcpsrv__engine_first(engine, data, size);
+    if (engine->started && !engine->error)
+        taken += tcpsrv__engine_push(engine, data + taken, size - taken);
+    return engine->error || engine->ended ? size : taken;
+}
+
+/* The ciphertext that must go next; NULL: none. */
+static const unsigned char *tcpsrv__engine_peek(tcpsrv__engine *engine, size_t *size) {
+    unsigned char *out;
+    *size = engine->alert_left;
+    if (*size) return engine->alert + sizeof engine->alert - *size;
+    if (!engine->started || !engine->records) return NULL;
+    out = br_ssl_engine_sendrec_buf(engine->core, size);
+    /* An alert before a version was agreed on goes out with none, which clients do not read. */
+    if (out && *size >= 7 && out[0] == 21 && out[1] == 0) out[1] = 3, out[2] = 1;
+    return out;
+}
+
+static void tcpsrv__engine_took(tcpsrv__engine *engine, size_t size) {
+    if (engine->alert_left) {
+        engine->alert_left = (unsigned char)(engine->alert_left - size);
+        return;
+    }
+    br_ssl_engine_sendrec_ack(engine->core, size);
+    tcpsrv__engine_settle(engine);
+}
+
+/* Takes plaintext for one record: how much. The record is made by tcpsrv__engine_flush. */
+static size_t tcpsrv__engine_write(tcpsrv__engine *engine, const char *data, size_t size) {
+    size_t room;
+    unsigned char *to = br_ssl_engine_sendapp_buf(engine->core, &room);
+    if (!to) return 0;
+    if (room > size) room = size;
+    memcpy(to, data, room);
+    br_ssl_engine_sendapp_ack(engine->core, room);
+    return room;
+}
+
+static void tcpsrv__engine_flush(tcpsrv__engine *engine) {
+    br_ssl_engine_flush(engine->core, 0);
+}
+
+/* Hands out plaintext: how much. */
+static size_t tcpsrv__engine_read(tcpsrv__engine *engine, char *data, size_t room) {
+    size_t size;
+    unsigned char *from;
+    if (!engine->done || engine->error || !engine->records || !room) return 0;
+    from = br_ssl_engine_recvapp_buf(engine->core, &size);
+    if (!from) return 0;
+    if (size > room) size = room;
+    memcpy(data, from, size);
+    br_ssl_engine_recvapp_ack(engine->core, size);
+    return size;
+}
+
+/* Ends it with a close_notify. Plaintext that nobody read would keep the engine from closing. */
+static TCPSRV__COLD void tcpsrv__engine_close(tcpsrv__engine *engine) {
+    size_t size;
+    if (!engine->started || engine->error || engine->ended) return;
+    while (br_ssl_engine_recvapp_buf(engine->core, &size))
+        br_ssl_engine_recvapp_ack(engine->core, size);
+    br_ssl_engine_close(engine->core);
+    tcpsrv__engine_settle(engine);
+}
+
+static unsigned tcpsrv__engine_state(tcpsrv__engine *engine) {
+    unsigned state = engine->done ? TCPSRV__ENGINE_DONE : 0;
+    size_t size;
+    if (tcpsrv__engine_peek(engine, &size)) state |= TCPSRV__ENGINE_HAS_OUT;
+    if (engine->error) return state | TCPSRV__ENGINE_FAILED;
+    if (engine->ended) state |= TCPSRV__ENGINE_ENDED;
+    if (engine->records && engine->done && br_ssl_engine_recvapp_buf(engine->core, &size))
+        state |= TCPSRV__ENGINE_HAS_PLAIN;
+    return state;
+}
+
+/* ---- texts ----------------------------------------------------------------------------------- */
+
+typedef struct tcpsrv__tls_text {
+    int number;                     /* TCPSRV_ETLS - code */
+    const char *text;
+} tcpsrv__tls_text;
+
+static const tcpsrv__tls_text tcpsrv__tls_texts[] = {
+    { 0, "TLS is not set up" },
+    { BR_ERR_UNSUPPORTED_VERSION, "the peer speaks another version of TLS" },
+    { BR_ERR_BAD_VERSION, "the peer changed the version of TLS" },
+    { BR_ERR_BAD_LENGTH, "TLS record of a bad length" },
+    { BR_ERR_TOO_LARGE, "TLS record too large" },
+    { BR_ERR_BAD_MAC, "TLS record was tampered with or damaged" },
+    { BR_ERR_NO_RANDOM, "no randomness from the system" },
+    { BR_ERR_UNKNOWN_TYPE, "TLS record of an unknown type" },
+    { BR_ERR_UNEXPECTED, "TLS message out of turn" },
+    { BR_ERR_BAD_CCS, "bad TLS ChangeCipherSpec" },
+    { BR_ERR_BAD_ALERT, "bad TLS alert" },
+    { BR_ERR_BAD_HANDSHAKE, "malformed TLS handshake message" },
+    { BR_ERR_OVERSIZED_ID, "TLS session id too long" },
+    { BR_ERR_BAD_CIPHER_SUITE, "no TLS cipher suite in common" },
+    { BR_ERR_BAD_COMPRESSION, "TLS compression asked for" },
+    { BR_ERR_BAD_FRAGLEN, "bad TLS fragment length" },
+    { BR_ERR_BAD_SECRENEG, "insecure TLS renegotiation" },
+    { BR_ERR_EXTRA_EXTENSION, "TLS extension that was not asked for" },
+    { BR_ERR_BAD_SNI, "malformed server name" },
+    { BR_ERR_BAD_HELLO_DONE, "malformed TLS ServerHelloDone" },
+    { BR_ERR_LIMIT_EXCEEDED, "the peer's key is too large" },
+    { BR_ERR_BAD_FINISHED, "TLS handshake was tampered with" },
+    { BR_ERR_RESUME_MISMATCH, "resumed TLS session does not match" },
+    { BR_ERR_INVALID_ALGORITHM, "bad TLS curve or signature algorithm" },
+    { BR_ERR_BAD_SIGNATURE, "bad signature in the TLS handshake" },
+    { BR_ERR_WRONG_KEY_USAGE, "the peer's key may not be used this way" },
+    { BR_ERR_NO_CLIENT_AUTH, "client sent no certificate" },
+    { BR_ERR_X509_INVALID_VALUE, "malformed certificate" },
+    { BR_ERR_X509_TRUNCATED, "truncated certificate" },
+    { BR_ERR_X509_EMPTY_CHAIN, "client sent no certificate" },
+    { BR_ERR_X509_BAD_DN, "certificate with a malformed name" },
+    { BR_ERR_X509_BAD_TIME, "certificate with a malformed date" },
+    { BR_ERR_X509_UNSUPPORTED, "certificate with an unsupported key or signature" },
+    { BR_ERR_X509_LIMIT_EXCEEDED, "certificate with too large a key" },
+    { BR_ERR_X509_WRONG_KEY_TYPE, "certificate with an unexpected type of key" },
+    { BR_ERR_X509_BAD_SIGNATURE, "certificate with a bad signature" },
+    { BR_ERR_X509_TIME_UNKNOWN, "the time is not known" },
+    { BR_ERR_X509_EXPIRED, "certificate has expired or is not valid yet" },
+    { BR_ERR_X509_DN_MISMATCH, "certificate chain is not in order" },
+    { BR_ERR_X509_BAD_SERVER_NAME, "certificate is for another host name" },
+    { BR_ERR_X509_CRITICAL_EXTENSION, "certificate with an unknown critical extension" },
+    { BR_ERR_X509_NOT_CA, "certificate was issued by one that is no authority" },
+    { BR_ERR_X509_FORBIDDEN_KEY_USAGE, "certificate may not be used this way" },
+    { BR_ERR_X509_WEAK_PUBLIC_KEY, "certificate with a weak key" },
+    { BR_ERR_X509_NOT_TRUSTED, "certificate chain leads to no trusted root" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_TRUNCATED, "connection ended without close_notify" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_PLAIN, "peer does not speak TLS" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_NAME, "server name refused" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_USAGE, "peer certificate may not be used this way" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_VERSION, "peer does not know TLS 1.2" },
+    { TCPSRV_ETLS - TCPSRV_ETLS_BUFFERED, "plain data buffered before start_tls" },
+    { 256 + 10, "peer sent alert 10 (unexpected message)" },
+    { 256 + 20, "peer sent alert 20 (bad record MAC)" },
+    { 256 + 22, "peer sent alert 22 (record overflow)" },
+    { 256 + 40, "peer sent alert 40 (handshake failure)" },
+    { 256 + 42, "peer sent alert 42 (bad certificate)" },
+    { 256 + 43, "peer sent alert 43 (unsupported certificate)" },
+    { 256 + 44, "peer sent alert 44 (certificate revoked)" },
+    { 256 + 45, "peer sent alert 45 (certificate expired)" },
+    { 256 + 46, "peer sent alert 46 (certificate unknown)" },
+    { 256 + 47, "peer sent alert 47 (illegal parameter)" },
+    { 256 + 48, "peer sent alert 48 (unknown authority)" },
+    { 256 + 49, "peer sent alert 49 (access denied)" },
+    { 256 + 50, "peer sent alert 50 (decode error)" },
+    { 256 + 51, "peer sent alert 51 (decrypt error)" },
+    { 256 + 70, "peer sent alert 70 (protocol version)" },
+    { 256 + 71, "peer sent alert 71 (insufficient security)" },
+    { 256 + 80, "peer sent alert 80 (internal error)" },
+    { 256 + 86, "peer sent alert 86 (inappropriate fallback)" },
+    { 256 + 90, "peer sent alert 90 (user canceled)" },
+    { 256 + 112, "peer sent alert 112 (unrecognized name)" },
+    { 256 + 116, "peer sent alert 116 (certificate required)" },
+    { 256 + 120, "peer sent alert 120 (no application protocol)" },
+    { 512 + 40, "nothing in common with the peer (alert 40 sent)" },
+    { 512 + 70, "peer does not know TLS 1.2 (alert 70 sent)" },
+    { 512 + 100, "peer asked for a renegotiation" },
+    { 512 + 120, "no application protocol in common (alert 120 sent)" }
+};
+
+static TCPSRV__COLD const char *tcpsrv__secure_text(int code) {
+    size_t i;
+    for (i = 0; i < sizeof tcpsrv__tls_texts / sizeof tcpsrv__tls_texts[0]; i++)
+        if (tcpsrv__tls_texts[i].number == TCPSRV_ETLS - code) return tcpsrv__tls_texts[i].text;
+    return code < TCPSRV_ETLS - 512 ? "TLS handshake failed (alert sent)"
+           : code < TCPSRV_ETLS - 255 ? "peer sent a TLS alert" : "TLS failure";
+}
+
+#else
+
+static TCPSRV__COLD const char *tcpsrv__secure_text(int code) {
+    (void)code;
+    return "TLS failure";
+}
+
+#endif
+
 /* ==== >>sockets =============================================================================== */
 
 /* Owns addresses: as text, as sockets that listen there, as connections begun. */
@@ -6602,6 +8576,7 @@ TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
     size_t i;
     for (i = 0; i < sizeof tcpsrv__code_names / sizeof tcpsrv__code_names[0]; i++)
         if (tcpsrv__code_names[i].code == code) return tcpsrv__code_names[i].name;
+    if (code <= TCPSRV_ETLS && code > TCPSRV_ERESOLVE) return tcpsrv__secure_text(code);
     if (code <= TCPSRV_ERESOLVE) return tcpsrv__sys_resolve_text(TCPSRV_ERESOLVE - code);
     return code < 0 && code > TCPSRV_EOF ? strerror(-code) : "unknown code";
 }
@@ -6609,6 +8584,7 @@ TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
 TCPSRV_IMPL const char *tcpsrv_last_error(void) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     if (!thread->error) return "";
+    if (!thread->step) return thread->text; /* a sentence already */
     if (thread->peer.family)
         tcpsrv_address_text(&thread->peer, thread->place, sizeof thread->place);
     snprintf(thread->text, sizeof thread->text, "%.40s%s%.127s: %.120s", thread->step,

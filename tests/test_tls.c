@@ -1,0 +1,1071 @@
+/* TLS: configurations and their faults, the engine from memory to memory, and streams over it. */
+#if defined(TEST_HAS_BEARSSL)
+#define TCPSERVER_TLS
+#endif
+#include "test.h"
+
+#if defined(TCPSERVER_TLS)
+
+/* ---- configurations -------------------------------------------------------------------------- */
+
+/* A file that tests/tools/certs.sh made. */
+static const char *file(const char *name) {
+    static char paths[16][256];
+    static unsigned n;
+    char *path = paths[n++ % 16];
+    snprintf(path, sizeof paths[0], "%s/%s", TEST_CERTIFICATES, name);
+    return path;
+}
+
+static void need_certificates(void) {
+    if (access(file("done"), R_OK) != 0) SKIP("no certificates: openssl is missing");
+}
+
+static char last_warning[320];
+
+static void keep_warning(int level, const char *line, void *user) {
+    (void)user;
+    CHECK_INT(level, TCPSRV_LOG_WARNING);
+    snprintf(last_warning, sizeof last_warning, "%s", line);
+}
+
+typedef struct config {
+    tcpsrv_tls_options options;
+    tcpsrv_certificate pairs[6];
+} config;
+
+/* NAME.pem and NAME.key, or "" for none; more can be added. */
+static void config_add(config *made, const char *name) {
+    char pem[64], key[64];
+    snprintf(pem, sizeof pem, "%s.pem", name);
+    snprintf(key, sizeof key, "%s.key", name);
+    made->pairs[made->options.certificate_count].certificate_file = file(pem);
+    made->pairs[made->options.certificate_count++].key_file = file(key);
+}
+
+static void config_init(config *made, const char *name, const char *ca) {
+    need_certificates();
+    memset(made, 0, sizeof *made);
+    made->options.certificates = made->pairs;
+    made->options.log = keep_warning;
+    if (*name) config_add(made, name);
+    if (ca && *ca) made->options.ca_file = file(ca);
+    if (!ca) made->options.no_verify = 1;
+}
+
+static tcpsrv_tls *config_make(const config *made) {
+    tcpsrv_tls *tls = tcpsrv_tls_new(&made->options);
+    if (!tls) printf("    %s\n", tcpsrv_last_error());
+    CHECK(tls);
+    return tls;
+}
+
+static tcpsrv_tls *server_tls(const char *name) {
+    config made;
+    config_init(&made, name, "");
+    return config_make(&made);
+}
+
+static tcpsrv_tls *client_tls(const char *ca) {
+    config made;
+    config_init(&made, "", ca);
+    return config_make(&made);
+}
+
+/* That a pair of files is refused with this text, in which @ stands for the directory. */
+static void refused(const char *certificate, const char *key, const char *text) {
+    char expected[400];
+    const char *at = strchr(text, '@');
+    config made;
+    config_init(&made, "", NULL);
+    made.pairs[0].certificate_file = *certificate == '/' ? certificate : file(certificate);
+    made.pairs[0].key_file = key ? file(key) : NULL;
+    made.options.certificate_count = 1;
+    snprintf(expected, sizeof expected, "%.*s%s%s", at ? (int)(at - text) : 0, text,
+             at ? TEST_CERTIFICATES : "", at ? at + 1 : text);
+    CHECK(tcpsrv_tls_new(&made.options) == NULL);
+    CHECK_STR(tcpsrv_last_error(), expected);
+}
+
+static void every_bad_file_is_named_with_what_is_wrong(void) {
+    const char *encrypted = "@/%s: the key is encrypted with a passphrase; decrypt it first "
+                            "(openssl pkey -in ...)";
+    char text[200];
+    refused("nofile.pem", NULL, "@/nofile.pem: No such file or directory");
+    refused("/tmp", NULL, "/tmp: Is a directory");
+    refused("empty.pem", NULL, "@/empty.pem: no PEM object in the file");
+    refused("text.pem", NULL, "@/text.pem: no PEM object in the file");
+    refused("ec.der", NULL, "@/ec.der: no PEM object in the file; it looks like DER: convert it "
+            "(openssl x509 -inform DER, or openssl pkey -inform DER)");
+    refused("garbage.pem", NULL, "@/garbage.pem: PEM object 1 (CERTIFICATE) is not valid base64");
+    refused("cut.pem", NULL, "@/cut.pem: PEM object 1 (CERTIFICATE) has no END line "
+            "(file cut short?)");
+    refused("ec.key", NULL, "@/ec.key: no certificate in the file (first object is EC PRIVATE "
+            "KEY)");
+    refused("ec.pem", "rsa.pem", "@/rsa.pem: no private key in the file");
+    refused("ec.pem", NULL, "@/ec.pem: no private key in the file");
+    snprintf(text, sizeof text, encrypted, "encrypted.key");
+    refused("ec.pem", "encrypted.key", text);
+    snprintf(text, sizeof text, encrypted, "legacy.key");
+    refused("ec.pem", "legacy.key", text);
+    refused("ec.pem", "rsa.key", "private key is RSA but the certificate in @/ec.pem is EC");
+    refused("rsa.pem", "ec.key", "private key is EC but the certificate in @/rsa.pem is RSA");
+    refused("ec.pem", "alice.key",
+            "private key does not belong to the certificate in @/ec.pem");
+    refused("ec.pem", "p384.key",
+            "private key does not belong to the certificate in @/ec.pem");
+    refused("rsa.pem", "bob.key",
+            "private key does not belong to the certificate in @/rsa.pem");
+    refused("ed25519.pem", "ed25519.key", "@/ed25519.pem: cannot read the first certificate: "
+            "unsupported key or signature type (RSA and EC P-256, P-384 and P-521 work)");
+    refused("k1.pem", "k1.key", "@/k1.pem: cannot read the first certificate: "
+            "unsupported key or signature type (RSA and EC P-256, P-384 and P-521 work)");
+    refused("ec.pem", "ed25519.key", "@/ed25519.key: cannot read the private key: unsupported type "
+            "(RSA and EC P-256, P-384 and P-521 work)");
+    refused("rsa1024.pem", "rsa1024.key", "@/rsa1024.pem: RSA key of 1024 bits; 2048 to 4096 work");
+    refused("rsa4224.pem", "rsa4224.key", "@/rsa4224.pem: RSA key of 4224 bits; 2048 to 4096 work");
+    refused("disorder.pem", "middle.key", "@/disorder.pem: certificate 2 (deep.test) does not vouch "
+            "for the one before it (Middle authority); the server's own comes first, then its "
+            "issuers");
+    refused("hello.pem", NULL, "@/hello.pem: certificate 1 is none");
+}
+
+static void every_kind_of_key_in_every_spelling_loads(void) {
+    static const char *const names[][2] = {
+        { "ec.pem", "ec.key" }, { "ec.pem", "ec-pkcs8.key" }, { "ec.pem", "ec-params.key" },
+        { "both.pem", NULL }, { "rsa.pem", "rsa.key" }, { "rsa.pem", "rsa-pkcs8.key" },
+        { "rsa.pem", "rsa-pkcs1.key" }, { "p384.pem", "p384.key" }, { "p521.pem", "p521.key" },
+        { "rsa4096.pem", "rsa4096.key" }, { "chain.pem", "deep.key" }
+    };
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        config made;
+        config_init(&made, "", NULL);
+        made.pairs[0].certificate_file = file(names[i][0]);
+        made.pairs[0].key_file = names[i][1] ? file(names[i][1]) : NULL;
+        made.options.certificate_count = 1;
+        tcpsrv_tls_free(config_make(&made));
+    }
+}
+
+static char *contents(const char *name) {
+    static char texts[4][8192];
+    static int n;
+    char *text = texts[n++ % 4];
+    FILE *from = fopen(file(name), "r");
+    CHECK(from);
+    text[fread(text, 1, sizeof texts[0] - 1, from)] = 0;
+    fclose(from);
+    return text;
+}
+
+static void certificates_load_from_memory(void) {
+    config made;
+    config_init(&made, "", NULL);
+    made.pairs[0].certificate_pem = contents("ec.pem");
+    made.pairs[0].key_pem = contents("ec.key");
+    made.options.certificate_count = 1;
+    made.options.ca_pem = contents("ca.pem");
+    tcpsrv_tls_free(config_make(&made));
+    made.pairs[0].key_pem = "nothing";
+    made.pairs[0].certificate_pem = contents("ec.pem");
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "key_pem: no PEM object in the file");
+}
+
+static void doubtful_files_load_with_a_warning(void) {
+    char expected[400];
+    config made;
+    config_init(&made, "expired", NULL);
+    tcpsrv_tls_free(config_make(&made));
+    snprintf(expected, sizeof expected, "%s: the certificate has expired", file("expired.pem"));
+    CHECK_STR(last_warning, expected);
+    config_init(&made, "ec", NULL);
+    made.pairs[0].key_file = file("open.key");
+    tcpsrv_tls_free(config_make(&made));
+    snprintf(expected, sizeof expected, "%s: the private key may be read by others (mode 644)",
+             file("open.key"));
+    CHECK_STR(last_warning, expected);
+    last_warning[0] = 0;
+    tcpsrv_tls_free(server_tls("ec"));
+    CHECK_STR(last_warning, "");
+    tcpsrv_tls_free(server_tls("p384"));
+    CHECK(strstr(last_warning, "each handshake with this key holds up the loop"));
+}
+
+static void bad_options_are_refused_in_words(void) {
+    static const char *const empty[] = { "h2", "", NULL };
+    static char long_name[257];
+    const char *names[2] = { long_name, NULL };
+    config made;
+    config_init(&made, "ec", "");
+    made.options.client_certificates = TCPSRV_TLS_OPTIONAL;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(),
+              "client certificates need a ca_file, so that they can be verified");
+    config_init(&made, "ec", "");
+    made.options.alpn = empty;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "alpn: a name has 1 to 255 bytes, name 2 has 0");
+    memset(long_name, 'a', 256);
+    made.options.alpn = names;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "alpn: a name has 1 to 255 bytes, name 1 has 256");
+    made.options.alpn = NULL;
+    made.options.ca_file = file("ec.key");
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK(strstr(tcpsrv_last_error(), "ec.key: no certificate of an authority"));
+    made.pairs[0].certificate_file = NULL;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "a certificate needs certificate_file or certificate_pem");
+}
+
+static void every_failing_allocation_of_a_configuration_is_survived(void) {
+    config made;
+    tcpsrv_tls *tls = NULL;
+    int64_t n;
+    config_init(&made, "chain", "ca.pem");
+    made.pairs[0].key_file = file("deep.key");
+    for (n = 1; !tls; n++) {
+        CHECK(n < 1000);
+        test_fail_alloc_at = n;
+        tls = tcpsrv_tls_new(&made.options);
+        if (!tls) CHECK(strstr(tcpsrv_last_error(), strerror(ENOMEM)));
+    }
+    test_fail_alloc_at = 0;
+    CHECK(n > 8);
+    tcpsrv_tls_free(tls);
+}
+
+/* ---- engines --------------------------------------------------------------------------------- */
+
+static tcpsrv__records pool;
+
+typedef struct duplex {             /* a client and a server with nothing between them */
+    tcpsrv__engine *client, *server;
+    size_t chunk;                   /* bytes that go at a time */
+    int rests;                      /* records are given back after each */
+} duplex;
+
+static tcpsrv__engine *engine_new(tcpsrv_tls *tls, int is_client, const char *host) {
+    tcpsrv__engine *engine;
+    CHECK_INT(tcpsrv__engine_new(tls, is_client, host, &pool, &engine), 0);
+    return engine;
+}
+
+static void duplex_open(duplex *pair, tcpsrv_tls *client, const char *host, tcpsrv_tls *server) {
+    pair->client = engine_new(client, 1, host);
+    pair->server = engine_new(server, 0, NULL);
+    pair->chunk = SIZE_MAX;
+    pair->rests = 0;
+}
+
+static void duplex_close(duplex *pair) {
+    tcpsrv__engine_free(pair->client);
+    tcpsrv__engine_free(pair->server);
+    tcpsrv__records_free(&pool);
+}
+
+/* How many bytes went that way. */
+static size_t carry(duplex *pair, tcpsrv__engine *from, tcpsrv__engine *to) {
+    const unsigned char *data;
+    size_t size, total = 0;
+    CHECK_INT(tcpsrv__engine_wake(from), 0);
+    CHECK_INT(tcpsrv__engine_wake(to), 0);
+    while ((data = tcpsrv__engine_peek(from, &size)) != NULL) {
+        if (size > pair->chunk) size = pair->chunk;
+        CHECK_INT(tcpsrv__engine_wake(to), 0);
+        size = tcpsrv__engine_feed(to, data, size);
+        if (!size) break;
+        tcpsrv__engine_took(from, size);
+        total += size;
+        if (pair->rests) tcpsrv__engine_rest(to);
+    }
+    if (pair->rests) tcpsrv__engine_rest(from);
+    return total;
+}
+
+static void exchange(duplex *pair) {
+    size_t moved = 1;
+    while (moved) {
+        moved = carry(pair, pair->client, pair->server);
+        moved += carry(pair, pair->server, pair->client);
+    }
+}
+
+static unsigned state(tcpsrv__engine *engine) {
+    return tcpsrv__engine_state(engine);
+}
+
+static void both_are_done(duplex *pair) {
+    if (pair->client->error) printf("    client: %s\n", tcpsrv_strerror(pair->client->error));
+    if (pair->server->error) printf("    server: %s\n", tcpsrv_strerror(pair->server->error));
+    CHECK(state(pair->client) & TCPSRV__ENGINE_DONE);
+    CHECK(state(pair->server) & TCPSRV__ENGINE_DONE);
+    CHECK_INT(pair->client->error, 0);
+    CHECK_INT(pair->server->error, 0);
+}
+
+static void say(duplex *pair, tcpsrv__engine *from, tcpsrv__engine *to, const char *text) {
+    char got[256];
+    size_t size = strlen(text), n = 0, more;
+    CHECK_INT(tcpsrv__engine_wake(from), 0);
+    CHECK_INT(tcpsrv__engine_write(from, text, size), size);
+    tcpsrv__engine_flush(from);
+    while (n < size) {
+        CHECK(carry(pair, from, to) || n);
+        more = tcpsrv__engine_read(to, got + n, sizeof got - n);
+        n += more;
+        if (!more) break;
+    }
+    CHECK_MEM(got, n, text);
+}
+
+/* A handshake, a word each way, and a free. The server's engine shows what was agreed on. */
+static void talk(tcpsrv_tls *client, const char *host, tcpsrv_tls *server) {
+    duplex pair;
+    duplex_open(&pair, client, host, server);
+    exchange(&pair);
+    both_are_done(&pair);
+    say(&pair, pair.client, pair.server, "question");
+    say(&pair, pair.server, pair.client, "answer");
+    duplex_close(&pair);
+}
+
+static void handshakes_with_every_kind_of_key(void) {
+    static const char *const names[][2] = {
+        { "ec", "localhost" }, { "rsa", "b.test" }, { "p384", "c.test" }, { "p521", "d.test" },
+        { "rsa4096", "e.test" }
+    };
+    tcpsrv_tls *client = client_tls("ca.pem"), *server;
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        server = server_tls(names[i][0]);
+        talk(client, names[i][1], server);
+        tcpsrv_tls_free(server);
+    }
+    tcpsrv_tls_free(client);
+}
+
+/* What goes byte by byte, its records given back to the pool wherever the engine says they may. */
+static void handshake_and_data_one_byte_at_a_time_with_records_given_back(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    duplex pair;
+    int i;
+    duplex_open(&pair, client, "localhost", server);
+    pair.chunk = 1;
+    pair.rests = 1;
+    exchange(&pair);
+    both_are_done(&pair);
+    for (i = 0; i < 3; i++) {
+        pair.rests = 0;
+        say(&pair, pair.client, pair.server, "question");
+        say(&pair, pair.server, pair.client, "answer");
+        tcpsrv__engine_rest(pair.client);
+        tcpsrv__engine_rest(pair.server);
+        CHECK(!pair.client->records && !pair.server->records);
+    }
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+static void bulk_data_keeps_its_bytes_and_order(void) {
+    static char out[300000], in[300000];
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    size_t sent = 0, got = 0, i;
+    duplex pair;
+    for (i = 0; i < sizeof out; i++) out[i] = (char)(i * 7 + i / 251);
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    pair.chunk = 1000;
+    while (got < sizeof in) {
+        CHECK_INT(tcpsrv__engine_wake(pair.client), 0);
+        sent += tcpsrv__engine_write(pair.client, out + sent, sizeof out - sent);
+        tcpsrv__engine_flush(pair.client);
+        do {
+            carry(&pair, pair.client, pair.server);
+            got += i = tcpsrv__engine_read(pair.server, in + got, sizeof in - got);
+        } while (i);
+    }
+    CHECK(memcmp(out, in, sizeof in) == 0);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* ---- engines: names -------------------------------------------------------------------------- */
+
+/* The index of the certificate that a client gets which asks for that name. */
+static int pair_for(tcpsrv_tls *server, const char *name) {
+    tcpsrv_tls *client = client_tls(NULL);
+    duplex pair;
+    int index;
+    duplex_open(&pair, client, name, server);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK_STR(br_ssl_engine_get_server_name(pair.server->core),
+              name && strcmp(name, "127.0.0.1") ? name : "");
+    index = pair.server->pair;
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    return index;
+}
+
+static void server_name_chooses_the_certificate(void) {
+    tcpsrv_tls *server;
+    config made;
+    config_init(&made, "ec", "");
+    config_add(&made, "rsa");
+    config_add(&made, "p384");
+    made.pairs[2].server_name = "own.test";
+    server = config_make(&made);
+    CHECK_INT(pair_for(server, NULL), 0);
+    CHECK_INT(pair_for(server, "a.test"), 0);
+    CHECK_INT(pair_for(server, "b.test"), 1);
+    CHECK_INT(pair_for(server, "B.TeSt"), 1);
+    CHECK_INT(pair_for(server, "x.wild.test"), 1);
+    CHECK_INT(pair_for(server, "x.y.wild.test"), 0);
+    CHECK_INT(pair_for(server, "wild.test"), 0);
+    CHECK_INT(pair_for(server, "own.test"), 2);
+    CHECK_INT(pair_for(server, "c.test"), 0);
+    CHECK_INT(pair_for(server, "127.0.0.1"), 0);
+    tcpsrv_tls_free(server);
+}
+
+static const char *asked_name;
+static int asked_times;
+
+static int answer_name(void *user, const char *name) {
+    asked_times++;
+    asked_name = name;
+    return name && strcmp(name, "localhost") == 0 ? *(int *)user : -1;
+}
+
+static void on_sni_decides_and_refuses_with_alert_112(void) {
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    duplex pair;
+    config made;
+    int answer = 1;
+    config_init(&made, "ec", "");
+    config_add(&made, "rsa");
+    made.options.on_sni = answer_name;
+    made.options.user = &answer;
+    server = config_make(&made);
+    CHECK_INT(pair_for(server, "localhost"), 1);
+    CHECK_INT(asked_times, 1);
+    duplex_open(&pair, client, "b.test", server);
+    exchange(&pair);
+    CHECK_INT(pair.server->error, TCPSRV_ETLS_NAME);
+    CHECK_INT(pair.client->error, TCPSRV_ETLS - 256 - 112);
+    duplex_close(&pair);
+    duplex_open(&pair, client, NULL, server);
+    exchange(&pair);
+    CHECK(asked_name == NULL);
+    CHECK_INT(pair.server->error, TCPSRV_ETLS_NAME);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* ---- engines: the first record --------------------------------------------------------------- */
+
+/* The client's first record, to be changed. */
+static size_t hello_of(tcpsrv_tls *client, const char *name, unsigned char *hello) {
+    tcpsrv__engine *engine = engine_new(client, 1, name);
+    const unsigned char *out;
+    size_t size;
+    CHECK_INT(tcpsrv__engine_wake(engine), 0);
+    out = tcpsrv__engine_peek(engine, &size);
+    CHECK(out && size < 1024);
+    memcpy(hello, out, size);
+    tcpsrv__engine_free(engine);
+    return size;
+}
+
+static void add_to(unsigned char *at, int bytes, size_t more) {
+    while (bytes-- > 0) {
+        more += at[bytes];
+        at[bytes] = (unsigned char)more;
+        more >>= 8;
+    }
+}
+
+/* Where the extensions' size stands in a hello. */
+static size_t extensions_at(const unsigned char *hello) {
+    size_t at = 5 + 4 + 2 + 32;
+    at += 1 + (size_t)hello[at];
+    at += 2 + ((size_t)hello[at] << 8 | hello[at + 1]);
+    return at + 1 + (size_t)hello[at];
+}
+
+static size_t hello_extend(unsigned char *hello, size_t size, const char *extension, size_t more) {
+    memcpy(hello + size, extension, more);
+    add_to(hello + 3, 2, more);
+    add_to(hello + 6, 3, more);
+    add_to(hello + extensions_at(hello), 2, more);
+    return size + more;
+}
+
+/* Feeds a server these bytes, and says with which code it ends; what it answers goes to *reply. */
+static int answer_to(tcpsrv_tls *server, const void *data, size_t size, char *reply,
+                     size_t *reply_size) {
+    tcpsrv__engine *engine = engine_new(server, 0, NULL);
+    const unsigned char *out;
+    size_t n;
+    int error;
+    CHECK_INT(tcpsrv__engine_wake(engine), 0);
+    tcpsrv__engine_feed(engine, (const unsigned char *)data, size);
+    *reply_size = 0;
+    while ((out = tcpsrv__engine_peek(engine, &n)) != NULL) {
+        if (n > 16 - *reply_size) n = 16 - *reply_size;
+        if (!n) break;
+        memcpy(reply + *reply_size, out, n);
+        *reply_size += n;
+        tcpsrv__engine_took(engine, n);
+    }
+    error = engine->error;
+    tcpsrv__engine_free(engine);
+    tcpsrv__records_free(&pool);
+    return error;
+}
+
+static void plain_text_on_a_tls_port_is_named_as_such(void) {
+    static const char *const texts[] = { "GET / HTTP/1.1\r\n\r\n", "\x80\x2e\x01", "x",
+                                         "\x16\x02\x00", "\x16\x03\x01\xff\xff",
+                                         "\x17\x03\x03\x00\x10" };
+    tcpsrv_tls *server = server_tls("ec");
+    char reply[16];
+    size_t i, size;
+    for (i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        CHECK_INT(answer_to(server, texts[i], i == 4 ? 5 : strlen(texts[i]), reply, &size),
+                  TCPSRV_ETLS_PLAIN);
+        CHECK_INT(size, 0);
+    }
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS_PLAIN), "peer does not speak TLS");
+    tcpsrv_tls_free(server);
+}
+
+static void a_plain_server_is_named_by_the_client(void) {
+    tcpsrv_tls *client = client_tls(NULL);
+    tcpsrv__engine *engine = engine_new(client, 1, "localhost");
+    tcpsrv__engine_feed(engine, (const unsigned char *)"HTTP/1.1 400", 12);
+    CHECK_INT(engine->error, TCPSRV_ETLS_PLAIN);
+    tcpsrv__engine_free(engine);
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(client);
+}
+
+static void old_and_new_versions_get_a_well_formed_alert_70(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls(NULL);
+    unsigned char hello[2048];
+    size_t reply_size, size = hello_of(client, "localhost", hello);
+    char reply[16];
+    hello[10] = 2; /* TLS 1.1 */
+    CHECK_INT(answer_to(server, hello, size, reply, &reply_size), TCPSRV_ETLS_VERSION);
+    CHECK(reply_size == 7 && memcmp(reply, "\x15\x03\x01\x00\x02\x02\x46", 7) == 0);
+    hello[10] = 3;
+    size = hello_extend(hello, size, "\0\x2b\0\3\2\3\4", 7); /* supported_versions: 1.3 alone */
+    CHECK_INT(answer_to(server, hello, size, reply, &reply_size), TCPSRV_ETLS_VERSION);
+    CHECK(reply_size == 7 && memcmp(reply, "\x15\x03\x01\x00\x02\x02\x46", 7) == 0);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+static void a_hello_in_many_records_still_asks_for_its_name(void) {
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    unsigned char hello[2048], split[4096];
+    size_t size = hello_of(client, "b.test", hello), at, n = 0, reply_size;
+    char reply[16];
+    config made;
+    int answer = 0;
+    config_init(&made, "ec", "");
+    made.options.on_sni = answer_name;
+    made.options.user = &answer;
+    server = config_make(&made);
+    for (at = 5; at < size; at += 40) {
+        size_t part = size - at < 40 ? size - at : 40;
+        memcpy(split + n, "\x16\x03\x01\0", 4);
+        split[n + 4] = (unsigned char)part;
+        memcpy(split + n + 5, hello + at, part);
+        n += 5 + part;
+    }
+    asked_times = 0;
+    CHECK(answer_to(server, split, n, reply, &reply_size) != 0);
+    CHECK_INT(asked_times, 1);
+    CHECK(reply_size == 7 && reply[0] == 21 && reply[6] == 40);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* ---- engines: sessions ----------------------------------------------------------------------- */
+
+/* A full handshake; leaves its session for the next. */
+static void session_make(tcpsrv_tls *client, const char *host, tcpsrv_tls *server,
+                         br_ssl_session_parameters *session) {
+    duplex pair;
+    duplex_open(&pair, client, host, server);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK_INT(pair.server->resumed, 0);
+    br_ssl_engine_get_session_parameters(pair.client->core, session);
+    duplex_close(&pair);
+}
+
+static void session_offer(duplex *pair, const char *host, const br_ssl_session_parameters *old) {
+    br_ssl_engine_set_session_parameters(pair->client->core, old);
+    CHECK(br_ssl_client_reset(&pair->client->context.client, host, 1));
+}
+
+/* Whether the server goes on with the session. */
+static int resumes(tcpsrv_tls *client, const char *host, tcpsrv_tls *server,
+                   const br_ssl_session_parameters *session) {
+    duplex pair;
+    int resumed;
+    duplex_open(&pair, client, host, server);
+    session_offer(&pair, host, session);
+    exchange(&pair);
+    both_are_done(&pair);
+    say(&pair, pair.client, pair.server, "question");
+    say(&pair, pair.server, pair.client, "answer");
+    resumed = pair.server->resumed;
+    duplex_close(&pair);
+    return resumed;
+}
+
+static void a_session_resumes_for_its_name_and_its_time(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls(NULL), *other = server_tls("ec");
+    br_ssl_session_parameters session;
+    size_t i;
+    session_make(client, "localhost", server, &session);
+    CHECK_INT(resumes(client, "localhost", server, &session), 1);
+    CHECK_INT(resumes(client, "a.test", server, &session), 0);
+    CHECK_INT(resumes(client, "localhost", other, &session), 0);
+    CHECK_INT(resumes(client, "localhost", server, &session), 1);
+    server->session_ttl_ns = 1;
+    CHECK_INT(resumes(client, "localhost", server, &session), 0);
+    for (i = 0; i < server->session_count; i++)
+        CHECK(memcmp(server->sessions[i].parameters.session_id, session.session_id, 32) != 0);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(other);
+}
+
+static void the_session_cache_is_bounded_and_can_be_off(void) {
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    br_ssl_session_parameters session;
+    config made;
+    size_t i, used = 0;
+    config_init(&made, "ec", "");
+    made.options.session_cache = 4;
+    server = config_make(&made);
+    for (i = 0; i < 7; i++) session_make(client, "localhost", server, &session);
+    for (i = 0; i < server->session_count; i++)
+        used += server->sessions[i].parameters.session_id_len == 32;
+    CHECK_INT(server->session_count, 4);
+    CHECK_INT(used, 4);
+    CHECK_INT(resumes(client, "localhost", server, &session), 1);
+    tcpsrv_tls_free(server);
+    made.options.session_cache = -1;
+    server = config_make(&made);
+    session_make(client, "localhost", server, &session);
+    CHECK_INT(resumes(client, "localhost", server, &session), 0);
+    tcpsrv_tls_free(server);
+    made.options.session_cache = 0;
+    made.options.ca_file = file("ca.pem");
+    made.options.client_certificates = TCPSRV_TLS_REQUIRED;
+    server = config_make(&made);
+    CHECK_INT(server->session_count, 0);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+}
+
+/* BearSSL 0.6 reads far outside its list of names when a session is resumed with names of which
+   none is the server's, or with two lists. */
+static void a_resumed_session_with_foreign_alpn_crashes_nothing(void) {
+    static const char *const ours[] = { "h2", "http/1.1", NULL };
+    static const char *const foreign[] = { "spdy/1", NULL };
+    static const char second_list[] = "\0\x10\0\x09\0\x07\x06spdy/1";
+    tcpsrv_tls *server, *client, *stranger;
+    br_ssl_session_parameters session;
+    unsigned char hello[2048];
+    const unsigned char *out;
+    char reply[16];
+    size_t size, reply_size;
+    duplex pair;
+    config made;
+    config_init(&made, "ec", "");
+    made.options.alpn = ours;
+    server = config_make(&made);
+    config_init(&made, "", NULL);
+    made.options.alpn = ours;
+    client = config_make(&made);
+    made.options.alpn = foreign;
+    stranger = config_make(&made);
+    session_make(client, "localhost", server, &session);
+    CHECK_INT(resumes(client, "localhost", server, &session), 1);
+    CHECK_INT(resumes(stranger, "localhost", server, &session), 0);
+    duplex_open(&pair, client, "localhost", server);
+    session_offer(&pair, "localhost", &session);
+    CHECK_INT(tcpsrv__engine_wake(pair.client), 0);
+    out = tcpsrv__engine_peek(pair.client, &size);
+    memcpy(hello, out, size);
+    size = hello_extend(hello, size, second_list, sizeof second_list - 1);
+    answer_to(server, hello, size, reply, &reply_size);
+    CHECK(reply_size > 5);
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(stranger);
+}
+
+static void the_application_protocol_is_the_servers_choice(void) {
+    static const char *const servers[] = { "h2", "http/1.1", NULL };
+    static const char *const clients[] = { "http/1.1", "h2", NULL };
+    tcpsrv_tls *server, *client, *none = client_tls(NULL);
+    duplex pair;
+    config made;
+    config_init(&made, "ec", "");
+    made.options.alpn = servers;
+    server = config_make(&made);
+    config_init(&made, "", NULL);
+    made.options.alpn = clients;
+    client = config_make(&made);
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK_STR(br_ssl_engine_get_selected_protocol(pair.server->core), "h2");
+    CHECK_STR(br_ssl_engine_get_selected_protocol(pair.client->core), "h2");
+    duplex_close(&pair);
+    duplex_open(&pair, none, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK(br_ssl_engine_get_selected_protocol(pair.server->core) == NULL);
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(none);
+}
+
+/* ---- engines: certificates of clients -------------------------------------------------------- */
+
+/* A handshake with a client that shows that certificate ("" for none): the server's code, and the
+   client's in *client_code. */
+static int showing(int wanted, const char *name, int *client_code) {
+    tcpsrv_tls *server, *client;
+    duplex pair;
+    config made;
+    int error;
+    config_init(&made, "ec", "ca.pem");
+    made.options.client_certificates = wanted;
+    server = config_make(&made);
+    config_init(&made, name, NULL);
+    client = config_make(&made);
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    error = pair.server->error;
+    *client_code = pair.client->error;
+    if (!error) {
+        both_are_done(&pair);
+        CHECK_INT(pair.server->peer != NULL, *name != 0);
+        if (*name) CHECK_INT(pair.server->peer->verified, 1);
+        if (*name) CHECK_STR(pair.server->peer->name, name);
+        say(&pair, pair.client, pair.server, "question");
+    } else {
+        CHECK_INT(tcpsrv__engine_read(pair.server, (char *)&made, sizeof made), 0);
+        CHECK(!(state(pair.server) & TCPSRV__ENGINE_DONE));
+    }
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+    return error;
+}
+
+static void optional_client_certificates_are_verified_all_the_same(void) {
+    int client;
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "alice", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "bob", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "stray", &client), TCPSRV_ETLS - 62);
+    CHECK_INT(client, TCPSRV_ETLS - 256 - 48);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "foreign", &client), TCPSRV_ETLS - 62);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "expired", &client), TCPSRV_ETLS - 54);
+    CHECK_INT(client, TCPSRV_ETLS - 256 - 45);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "rsa", &client), TCPSRV_ETLS_USAGE);
+    CHECK_INT(client, TCPSRV_ETLS - 256 - 43);
+}
+
+static void required_client_certificates_are_required_and_verified(void) {
+    int client;
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "alice", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "", &client) != 0, 1);
+    CHECK_INT(client, TCPSRV_ETLS - 256 - 40);
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "stray", &client), TCPSRV_ETLS - 62);
+    CHECK_INT(client, TCPSRV_ETLS - 256 - 48);
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "ec", &client), TCPSRV_ETLS_USAGE);
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 62), "certificate chain leads to no trusted root");
+}
+
+static void a_required_certificate_that_is_missing_is_named(void) {
+    int client, error = showing(TCPSRV_TLS_REQUIRED, "", &client);
+    CHECK_STR(tcpsrv_strerror(error), "client sent no certificate");
+}
+
+static void a_resumed_session_keeps_the_clients_identity(void) {
+    tcpsrv_tls *server, *client;
+    br_ssl_session_parameters session;
+    duplex pair;
+    config made;
+    config_init(&made, "ec", "ca.pem");
+    made.options.client_certificates = TCPSRV_TLS_OPTIONAL;
+    server = config_make(&made);
+    config_init(&made, "alice", NULL);
+    client = config_make(&made);
+    session_make(client, "localhost", server, &session);
+    duplex_open(&pair, client, "localhost", server);
+    session_offer(&pair, "localhost", &session);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK_INT(pair.server->resumed, 1);
+    CHECK(pair.server->peer && pair.server->peer->verified);
+    CHECK_STR(pair.server->peer->name, "alice");
+    CHECK_STR(pair.server->peer->dns, "alice.test");
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+}
+
+/* ---- engines: certificates of servers -------------------------------------------------------- */
+
+/* A client that trusts that authority and wants that host, and a server that shows a certificate:
+   the client's code. */
+static int trusting(const char *ca, const char *host, const char *chain, const char *key) {
+    tcpsrv_tls *server, *client = client_tls(ca);
+    duplex pair;
+    config made;
+    int error;
+    config_init(&made, key, "");
+    if (chain) made.pairs[0].certificate_file = file(chain);
+    server = config_make(&made);
+    duplex_open(&pair, client, host, server);
+    exchange(&pair);
+    error = pair.client->error;
+    if (!error) both_are_done(&pair);
+    if (!error) CHECK_INT(pair.client->peer->verified, ca != NULL);
+    if (error) CHECK(!(state(pair.client) & TCPSRV__ENGINE_DONE));
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+    return error;
+}
+
+static void a_client_verifies_chain_host_time_and_usage(void) {
+    CHECK_INT(trusting("ca.pem", "localhost", NULL, "ec"), 0);
+    CHECK_INT(trusting("ca.pem", "LOCALHOST", NULL, "ec"), 0);
+    CHECK_INT(trusting("ca.pem", "x.wild.test", NULL, "rsa"), 0);
+    CHECK_INT(trusting("ca.pem", "elsewhere.test", NULL, "ec"), TCPSRV_ETLS - 56);
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 56), "certificate is for another host name");
+    CHECK_INT(trusting("other-ca.pem", "localhost", NULL, "ec"), TCPSRV_ETLS - 62);
+    CHECK_INT(trusting("ca.pem", "localhost", NULL, "expired"), TCPSRV_ETLS - 54);
+    CHECK_INT(trusting("ca.pem", "alice.test", NULL, "alice"), TCPSRV_ETLS_USAGE);
+    CHECK_INT(trusting("ca.pem", "plain.test", NULL, "plain"), 0);
+    CHECK_INT(trusting("ca.pem", "localhost", "chain.pem", "deep"), 0);
+    CHECK_INT(trusting("ca.pem", "localhost", NULL, "deep"), TCPSRV_ETLS - 62);
+}
+
+static void a_host_that_is_an_address_must_be_in_the_certificate(void) {
+    CHECK_INT(trusting("ca.pem", "127.0.0.1", NULL, "ec"), 0);
+    CHECK_INT(trusting("ca.pem", "::1", NULL, "ec"), 0);
+    CHECK_INT(trusting("ca.pem", "127.0.0.2", NULL, "ec"), TCPSRV_ETLS - 56);
+    CHECK_INT(trusting("ca.pem", "127.0.0.1", NULL, "rsa"), TCPSRV_ETLS - 56);
+}
+
+static void no_verify_takes_any_certificate_and_says_so(void) {
+    CHECK_INT(trusting(NULL, "elsewhere.test", NULL, "ec"), 0);
+    CHECK_INT(trusting(NULL, "localhost", NULL, "expired"), 0);
+    CHECK_INT(trusting(NULL, "localhost", NULL, "rsa"), 0);
+}
+
+static void the_systems_bundle_is_what_a_client_trusts_by_default(void) {
+    tcpsrv_tls *client;
+    config made;
+    need_certificates();
+    setenv("SSL_CERT_FILE", file("ca.pem"), 1);
+    config_init(&made, "", "");
+    client = config_make(&made);
+    CHECK_INT(client->anchor_count, 1);
+    tcpsrv_tls_free(client);
+    setenv("SSL_CERT_FILE", file("nofile.pem"), 1);
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK(strstr(tcpsrv_last_error(), "nofile.pem: No such file or directory"));
+    unsetenv("SSL_CERT_FILE");
+}
+
+/* ---- engines: the end ------------------------------------------------------------------------ */
+
+static void close_notify_ends_both_sides_also_with_unread_plaintext(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    duplex pair;
+    char got[64];
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    CHECK_INT(tcpsrv__engine_write(pair.client, "unread", 6), 6);
+    tcpsrv__engine_flush(pair.client);
+    carry(&pair, pair.client, pair.server);
+    CHECK(state(pair.server) & TCPSRV__ENGINE_HAS_PLAIN);
+    tcpsrv__engine_close(pair.server);
+    CHECK(state(pair.server) & TCPSRV__ENGINE_HAS_OUT);
+    exchange(&pair);
+    CHECK_INT(tcpsrv__engine_read(pair.client, got, sizeof got), 0);
+    CHECK(state(pair.client) & TCPSRV__ENGINE_ENDED);
+    CHECK(state(pair.server) & TCPSRV__ENGINE_ENDED);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+static void a_tampered_record_is_refused(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    unsigned char record[256];
+    const unsigned char *out;
+    size_t size;
+    duplex pair;
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    tcpsrv__engine_write(pair.client, "text", 4);
+    tcpsrv__engine_flush(pair.client);
+    out = tcpsrv__engine_peek(pair.client, &size);
+    memcpy(record, out, size);
+    record[size - 1] ^= 1;
+    tcpsrv__engine_feed(pair.server, record, size);
+    CHECK_INT(pair.server->error, TCPSRV_ETLS - BR_ERR_BAD_MAC);
+    CHECK_INT(tcpsrv__engine_read(pair.server, (char *)record, sizeof record), 0);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* Hellos with some bytes changed, a live session behind many of them: nothing crashes, and none
+   ends up in a finished handshake. */
+static void mutated_hellos_crash_nothing(void) {
+    static const char *const names[] = { "h2", "http/1.1", NULL };
+    tcpsrv_tls *server, *client;
+    br_ssl_session_parameters session;
+    unsigned char hello[2048], changed[2048];
+    const unsigned char *out;
+    size_t size, reply_size;
+    char reply[16];
+    unsigned seed = 12345, i, k;
+    duplex pair;
+    config made;
+    config_init(&made, "ec", "");
+    made.options.alpn = names;
+    server = config_make(&made);
+    config_init(&made, "", NULL);
+    made.options.alpn = names;
+    client = config_make(&made);
+    session_make(client, "localhost", server, &session);
+    duplex_open(&pair, client, "localhost", server);
+    session_offer(&pair, "localhost", &session);
+    CHECK_INT(tcpsrv__engine_wake(pair.client), 0);
+    out = tcpsrv__engine_peek(pair.client, &size);
+    memcpy(hello, out, size);
+    for (i = 0; i < 1000; i++) {
+        memcpy(changed, hello, size);
+        for (k = 0; k <= i % 5; k++) {
+            seed = seed * 1103515245u + 12345u;
+            changed[(i % 3 ? 43 : 0) + (seed >> 8) % (size - 43)] = (unsigned char)(seed >> 24);
+        }
+        answer_to(server, changed, size - (i % 7 == 0 ? seed % 20 : 0), reply, &reply_size);
+    }
+    duplex_close(&pair);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+}
+
+static void every_failing_allocation_of_a_handshake_is_survived(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    int64_t n;
+    int ok = 0;
+    for (n = 1; !ok; n++) {
+        tcpsrv__engine *ends[2];
+        size_t size;
+        const unsigned char *out;
+        int err, i, turns;
+        CHECK(n < 200);
+        test_fail_alloc_at = n;
+        err = tcpsrv__engine_new(client, 1, "localhost", &pool, &ends[0]);
+        if (!err) err = tcpsrv__engine_new(server, 0, NULL, &pool, &ends[1]);
+        else ends[1] = NULL;
+        for (turns = 0; !err && turns < 10; turns++)
+            for (i = 0; i < 2 && !err; i++) {
+                err = tcpsrv__engine_wake(ends[i]);
+                if (!err) err = tcpsrv__engine_wake(ends[!i]);
+                while (!err && (out = tcpsrv__engine_peek(ends[i], &size)) != NULL)
+                    tcpsrv__engine_took(ends[i], tcpsrv__engine_feed(ends[!i], out, size));
+                if (!err) err = ends[0]->error ? ends[0]->error : ends[1]->error;
+            }
+        ok = !err && test_fail_alloc_at > 0;
+        test_fail_alloc_at = 0;
+        if (!err) CHECK(ends[0]->done && ends[1]->done);
+        tcpsrv__engine_free(ends[0]);
+        tcpsrv__engine_free(ends[1]);
+        tcpsrv__records_free(&pool);
+    }
+    CHECK(n > 5);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+int main(int argc, char **argv) {
+    static const test_case tests[] = {
+        TEST(every_bad_file_is_named_with_what_is_wrong),
+        TEST(every_kind_of_key_in_every_spelling_loads),
+        TEST(certificates_load_from_memory),
+        TEST(doubtful_files_load_with_a_warning),
+        TEST(bad_options_are_refused_in_words),
+        TEST(every_failing_allocation_of_a_configuration_is_survived),
+        TEST(handshakes_with_every_kind_of_key),
+        TEST(handshake_and_data_one_byte_at_a_time_with_records_given_back),
+        TEST(bulk_data_keeps_its_bytes_and_order),
+        TEST(server_name_chooses_the_certificate),
+        TEST(on_sni_decides_and_refuses_with_alert_112),
+        TEST(plain_text_on_a_tls_port_is_named_as_such),
+        TEST(a_plain_server_is_named_by_the_client),
+        TEST(old_and_new_versions_get_a_well_formed_alert_70),
+        TEST(a_hello_in_many_records_still_asks_for_its_name),
+        TEST(a_session_resumes_for_its_name_and_its_time),
+        TEST(the_session_cache_is_bounded_and_can_be_off),
+        TEST(a_resumed_session_with_foreign_alpn_crashes_nothing),
+        TEST(the_application_protocol_is_the_servers_choice),
+        TEST(optional_client_certificates_are_verified_all_the_same),
+        TEST(required_client_certificates_are_required_and_verified),
+        TEST(a_required_certificate_that_is_missing_is_named),
+        TEST(a_resumed_session_keeps_the_clients_identity),
+        TEST(a_client_verifies_chain_host_time_and_usage),
+        TEST(a_host_that_is_an_address_must_be_in_the_certificate),
+        TEST(no_verify_takes_any_certificate_and_says_so),
+        TEST(the_systems_bundle_is_what_a_client_trusts_by_default),
+        TEST(close_notify_ends_both_sides_also_with_unread_plaintext),
+        TEST(a_tampered_record_is_refused),
+        TEST(mutated_hellos_crash_nothing),
+        TEST(every_failing_allocation_of_a_handshake_is_survived),
+    };
+    return test_main(argc, argv, tests, TEST_COUNT(tests));
+}
+
+#else
+
+static void tls_is_tested(void) {
+    SKIP("no bearssl.h here");
+}
+
+int main(int argc, char **argv) {
+    static const test_case tests[] = { TEST(tls_is_tested) };
+    return test_main(argc, argv, tests, TEST_COUNT(tests));
+}
+
+#endif
