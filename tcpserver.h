@@ -427,8 +427,10 @@ typedef struct tcpsrv_connect_options {
     const char *path;             /* instead: a Unix socket; "@name" for an abstract one */
     const char *source_host;      /* numeric; NULL: the system's choice */
     int source_port;
-    int64_t timeout_ms;           /* for lookup and connection as a whole; 0: the system's own */
+    int64_t timeout_ms;           /* for lookup, connection and TLS together; 0: the system's own */
     int no_nodelay;
+    tcpsrv_tls *tls;              /* what the connection begins with; NULL: no TLS */
+    const char *tls_name;         /* whom the server's certificate must name; NULL: host */
     size_t max_buffer_size, max_write_buffer_size, write_high_water;   /* as tcpsrv_options */
 } tcpsrv_connect_options;
 TCPSRV_API tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop, const tcpsrv_connect_options *options);
@@ -452,6 +454,7 @@ typedef struct tcpsrv_options {
     tcpsrv_stream_fn *on_stream;
     void *user;
     tcpsrv_loop *loop;            /* NULL: the thread's own when the server starts */
+    tcpsrv_tls *tls;              /* what its connections begin with; NULL: no TLS */
     tcpsrv_log_fn *log;           /* NULL: warnings and errors to stderr */
     size_t max_buffer_size;       /* unread input a stream may hold; 1 MiB */
     size_t max_write_buffer_size; /* queued output of a stream outside coroutines; 1 MiB */
@@ -461,7 +464,7 @@ typedef struct tcpsrv_options {
     size_t max_connections;       /* RLIMIT_NOFILE - 32; more wait in the backlog */
     size_t max_connections_per_ip; /* see below; none */
     int64_t idle_timeout_ms;      /* without a byte in either direction; none */
-    int64_t handshake_timeout_ms; /* for what precedes the first message: a PROXY header; 10 s */
+    int64_t handshake_timeout_ms; /* for a PROXY header and the TLS handshake together; 10 s */
     int64_t close_timeout_ms;     /* for all of tcpsrv_close; 5 s */
     int no_nodelay;               /* 1: leave Nagle's algorithm on (RFC 896) */
     int proxy_protocol;           /* see below; TCPSRV_PROXY_OFF */
@@ -589,6 +592,7 @@ TCPSRV_API const char *tcpsrv_systemd_name(int index);
    waiting a second at most for it to listen. 0, also where nobody asked to be told (NOTIFY_SOCKET);
    -ENOTSUP (neither a path nor an abstract name), -ENAMETOOLONG, or why it could not be sent. */
 TCPSRV_API int tcpsrv_notify(const char *state);
+
 /* ---- TLS ------------------------------------------------------------------------------------- */
 
 #ifdef TCPSERVER_TLS
@@ -629,6 +633,37 @@ TCPSRV_API tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options);
 
 /* Connections and servers that use it keep it as long as they need it. Keys are wiped at its end. */
 TCPSRV_API void tcpsrv_tls_free(tcpsrv_tls *tls);
+
+/* New certificates for the connections that are accepted from now on; the open ones keep theirs.
+   NULL: no TLS any more. TCPSRV_ETLS where tls has no certificate. */
+TCPSRV_API int tcpsrv_set_tls(tcpsrv *server, tcpsrv_tls *tls);
+
+/* Waits until the handshake is over (tcpsrv_ready). 0 at once when it is; TCPSRV_EBUSY while a read
+   waits; or why it failed. Reads and writes need not ask: they wait by themselves. */
+TCPSRV_API int tcpsrv_wait_handshake(tcpsrv_stream *stream);
+
+/* Goes on in TLS: as the server on accepted streams, else as a client that wants hostname (a name
+   or an address; NULL with no_verify alone). Returns at once; what was written before goes as it
+   was, what is read and written from now on waits for the handshake. Nothing may be buffered
+   (TCPSRV_ETLS_BUFFERED: it would be taken for what came encrypted), no read may wait and no file
+   be queued (TCPSRV_EBUSY); -EALREADY; -ENOTSOCK; TCPSRV_ETLS: tls is not fit for that side. */
+TCPSRV_API int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname);
+
+/* What was agreed on: -ENOTCONN before the end of the handshake, and without TLS. The strings live
+   as long as the stream. */
+typedef struct tcpsrv_tls_info {
+    const char *version;          /* "TLSv1.2" */
+    const char *suite;            /* IANA's name */
+    const char *alpn;             /* "": none */
+    const char *server_name;      /* that the client asked for; "": none */
+    int resumed;                  /* the client went on with a session */
+    int has_peer;                 /* the peer has shown a certificate, */
+    int verified;                 /* and an authority vouched for it, now or when the session began */
+    const char *peer_name;        /* common name of its subject, "" */
+    const char *peer_dns;         /* its first DNS name, "" */
+    unsigned char peer_sha256[32]; /* of the certificate */
+} tcpsrv_tls_info;
+TCPSRV_API int tcpsrv_get_tls_info(const tcpsrv_stream *stream, tcpsrv_tls_info *info);
 
 #endif
 
@@ -2667,6 +2702,8 @@ struct tcpsrv_loop {
     tcpsrv__block *pool[TCPSRV__CLASSES];
     unsigned pool_count[TCPSRV__CLASSES];
     tcpsrv__stack_pool *stacks; /* >>coroutine */
+    void *links;                /* what a transport keeps for its streams */
+    void (*links_free)(void *links);
     int64_t *ended;             /* ring of coroutines that nobody has joined */
     size_t ended_capacity, ended_first, ended_count;
     tcpsrv__signal_call *signals;
@@ -4325,7 +4362,9 @@ typedef struct tcpsrv__transport {
     long (*receive)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
     long (*transmit)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
     void (*shut)(tcpsrv_stream *stream);    /* end the sending side */
-    int is_socket;
+    void (*prepare)(tcpsrv_stream *stream); /* at events while the stream is connecting; or NULL */
+    void (*release)(tcpsrv_stream *stream); /* the stream is gone; or NULL */
+    int is_socket, half_closes;
 } tcpsrv__transport;
 
 /* What streams of one server have in common; a stream without a server has one of its own. */
@@ -4335,6 +4374,7 @@ typedef struct tcpsrv__owner {
     int draining;                   /* 2: also what has not had a message yet */
     tcpsrv_stats stats;
     void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
+    void (*not_ready)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int code); /* it died so */
 } tcpsrv__owner;
 
 typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
@@ -4356,6 +4396,7 @@ typedef struct tcpsrv__making {
 typedef struct tcpsrv__extra {
     tcpsrv_stream *stream;
     tcpsrv__making *making;
+    void *link;                     /* the transport's own */
     tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
     uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
     uint64_t handshake_due;
@@ -4401,6 +4442,7 @@ struct tcpsrv_stream {
     unsigned starting : 1;          /* its handler has not begun */
     unsigned spoke : 1;             /* a read was answered */
     unsigned counted : 1;           /* for max_connections_per_ip */
+    unsigned owes : 1;              /* the transport has bytes of its own to send */
     tcpsrv__peer_name peer;
 };
 
@@ -4490,10 +4532,10 @@ static TCPSRV__COLD void tcpsrv__file_shut(tcpsrv_stream *stream) {
 }
 
 static const tcpsrv__transport tcpsrv__plain = {
-    tcpsrv__plain_receive, tcpsrv__plain_send, tcpsrv__plain_shut, 1
+    tcpsrv__plain_receive, tcpsrv__plain_send, tcpsrv__plain_shut, NULL, NULL, 1, 1
 };
 static const tcpsrv__transport tcpsrv__file = {
-    tcpsrv__plain_receive, tcpsrv__file_send, tcpsrv__file_shut, 0
+    tcpsrv__plain_receive, tcpsrv__file_send, tcpsrv__file_shut, NULL, NULL, 0, 1
 };
 
 /* ---- deadlines ------------------------------------------------------------------------------- */
@@ -4579,6 +4621,8 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     if (stream->dead) return;
     stream->dead = 1;
     stream->error = code;
+    if (stream->connecting && stream->owner->not_ready)
+        stream->owner->not_ready(stream->owner, stream, code);
     stream->connecting = 0;
     if (unsent) stream->aborting = 1; /* a torn message must not end as if whole */
     if (stream->extra && stream->extra->making) stream->extra->making->give_up(stream);
@@ -4595,6 +4639,7 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     if (stream->extra) {
         tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
         tcpsrv__free(stream->extra->making);
+        if (stream->io->release) stream->io->release(stream);
     }
     tcpsrv__free(stream->extra);
     stream->extra = NULL; /* a handler may still ask a stream that others have ended */
@@ -5138,9 +5183,10 @@ static void tcpsrv__output_step(tcpsrv_stream *stream) {
     if (stream->dead || stream->connecting) return;
     if (stream->out.first && !tcpsrv__block_size(stream->out.first)) /* marks that are reached */
         tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
-    if (stream->out.size && stream->writable) {
+    if ((stream->out.size || stream->owes) && stream->writable) {
         int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
-        n = count ? stream->io->transmit(stream, pieces, count) : tcpsrv__send_file(stream, &asked);
+        n = count || !stream->out.size ? stream->io->transmit(stream, pieces, count)
+                                       : tcpsrv__send_file(stream, &asked);
         if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
         if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
             tcpsrv__write_dry(stream);
@@ -5148,7 +5194,7 @@ static void tcpsrv__output_step(tcpsrv_stream *stream) {
             tcpsrv__die(stream, (int)n);
     }
     if (stream->dead) return;
-    if (!stream->out.first) tcpsrv__output_emptied(stream);
+    if (!stream->out.first && !stream->owes) tcpsrv__output_emptied(stream);
     else if (stream->writable) tcpsrv__make_ready(&stream->source);
 }
 
@@ -5342,6 +5388,7 @@ TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t 
 
 TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
+    if (!err && !stream->io->half_closes) err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
     stream->shut_wanted = 1;
     tcpsrv__make_flushing(&stream->source);
@@ -5412,7 +5459,7 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     tcpsrv__input_free(stream);
     if (stream->dead) return;
-    if (stream->out.first) tcpsrv__output_step(stream);
+    if (stream->out.first || stream->owes) tcpsrv__output_step(stream);
     if (stream->dead) return;
     if (!stream->out.first &&
         (stream->eof || stream->connecting || !stream->io->is_socket)) {
@@ -5453,11 +5500,13 @@ static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__run_marks(stream);
+    if (stream->connecting && stream->io->prepare) stream->io->prepare(stream);
     if (stream->read_fn && stream->closing) tcpsrv__read_fail(stream, TCPSRV_ECLOSED);
     else if (stream->read_fn && stream->cancelled) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
     if (stream->read_fn) tcpsrv__input_step(stream);
     if (stream->closing) tcpsrv__close_step(stream);
-    else if (stream->out.first || stream->shut_wanted) tcpsrv__output_step(stream);
+    else if (stream->out.first || stream->owes || stream->shut_wanted)
+        tcpsrv__output_step(stream);
     tcpsrv__run_marks(stream);
     if (stream->dead) tcpsrv__dead_step(stream);
 }
@@ -5478,10 +5527,10 @@ static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
     if (events & TCPSRV__EVENT_URGENT) stream->deep = 1;
-    if (events & TCPSRV__EVENT_WRITE) {
-        stream->writable = 1;
-        if (stream->out.first) tcpsrv__output_step(stream);
-    }
+    if (events & TCPSRV__EVENT_WRITE) stream->writable = 1;
+    if (stream->connecting && stream->io->prepare) stream->io->prepare(stream);
+    if ((events & TCPSRV__EVENT_WRITE) && (stream->out.first || stream->owes))
+        tcpsrv__output_step(stream);
     if (stream->read_fn && !stream->cancelled && !stream->closing) tcpsrv__input_step(stream);
     if ((events & TCPSRV__EVENT_ERROR) && !stream->dead) tcpsrv__error_told(stream);
     if (stream->closing || stream->dead) tcpsrv__make_ready(source);
@@ -5975,6 +6024,7 @@ static void tcpsrv__loop_release(tcpsrv_loop *loop) {
     tcpsrv__drop_posted(loop);
     tcpsrv__stack_pool_free(loop);
     tcpsrv__blocks_free(loop);
+    if (loop->links) loop->links_free(loop->links);
     tcpsrv__poller_close(&loop->poller);
     tcpsrv__waker_close(&loop->waker);
     pthread_mutex_destroy(&loop->post_lock);
@@ -6299,7 +6349,7 @@ static TCPSRV__COLD int tcpsrv__pem_open(tcpsrv__pem *pem, const char *text, con
     br_pem_decoder_init(&pem->decoder);
     pem->place = place;
     pem->text = text;
-    pem->size = text ? strlen(text) : TCPSRV__TLS_FILE_MAX;
+    pem->size = text ? strlen(text) : (size_t)TCPSRV__TLS_FILE_MAX;
     if (text) return 0;
     n = tcpsrv__sys_read_file(place, NULL, &pem->size, mode);
     if (n == 0) {
@@ -7774,6 +7824,483 @@ static unsigned tcpsrv__engine_state(tcpsrv__engine *engine) {
     return state;
 }
 
+/* ---- the transport --------------------------------------------------------------------------- */
+
+enum {
+    TCPSRV__CIPHER_SIZE = 65536,    /* of one read */
+    TCPSRV__STEPS = 4               /* of handshakes in a turn, each 1 ms and more of computing */
+};
+
+/* What the connections of a loop share. */
+typedef struct tcpsrv__links {
+    tcpsrv__records records;
+    unsigned char *cipher;          /* what was just read */
+    uint64_t turn;
+    int steps;                      /* of handshakes in that turn */
+} tcpsrv__links;
+
+typedef struct tcpsrv__link {
+    tcpsrv__engine *engine;
+    tcpsrv__links *links;
+    tcpsrv__block *held;            /* ciphertext that the engine has not taken */
+    size_t clear_left;              /* queued before start_tls: goes as it is */
+    size_t sealed;                  /* plaintext at the queue's head whose record is under way */
+    int end;                        /* why no more ciphertext will come; 0: more may */
+    unsigned char dry, closing, shut;
+} tcpsrv__link;
+
+static tcpsrv__link *tcpsrv__link_of(const tcpsrv_stream *stream) {
+    return (tcpsrv__link *)stream->extra->link;
+}
+
+static TCPSRV__COLD void tcpsrv__links_free(void *arg) {
+    tcpsrv__links *links = (tcpsrv__links *)arg;
+    tcpsrv__records_free(&links->records);
+    tcpsrv__free(links->cipher);
+    tcpsrv__free(links);
+}
+
+static TCPSRV__COLD tcpsrv__links *tcpsrv__links_make(tcpsrv_loop *loop) {
+    tcpsrv__links *links = (tcpsrv__links *)loop->links;
+    if (links) return links;
+    links = (tcpsrv__links *)tcpsrv__alloc(sizeof *links);
+    if (!links) return NULL;
+    links->cipher = (unsigned char *)TCPSERVER_REALLOC(NULL, TCPSRV__CIPHER_SIZE);
+    if (!links->cipher) {
+        tcpsrv__free(links);
+        return NULL;
+    }
+    loop->links = links;
+    loop->links_free = tcpsrv__links_free;
+    return links;
+}
+
+/* What the engine does not take is kept; it is asked for no more before that is gone. */
+static int tcpsrv__link_keep(tcpsrv_stream *stream, const unsigned char *data, size_t size) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    size_t taken = tcpsrv__engine_feed(link->engine, data, size);
+    if (taken == size) return 0;
+    link->held = tcpsrv__block_take(stream->source.loop, size - taken);
+    if (!link->held) return -ENOMEM;
+    memcpy(link->held->data, data + taken, size - taken);
+    link->held->end = size - taken;
+    return 0;
+}
+
+/* Feeds what was kept: whether the engine took any of it. */
+static int tcpsrv__link_feed_held(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    tcpsrv__block *held = link->held;
+    size_t taken = tcpsrv__engine_feed(link->engine,
+                                       (const unsigned char *)held->data + held->begin,
+                                       tcpsrv__block_size(held));
+    held->begin += taken;
+    if (held->begin == held->end) {
+        tcpsrv__block_give(stream->source.loop, held);
+        link->held = NULL;
+    }
+    return taken > 0;
+}
+
+/* Gets more ciphertext into the engine: 1, or 0: there is none now, or no more at all. */
+static int tcpsrv__link_fill(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    struct iovec piece;
+    long n;
+    if (link->held) return tcpsrv__link_feed_held(stream);
+    if (link->end) return 0;
+    piece.iov_base = link->links->cipher;
+    piece.iov_len = TCPSRV__CIPHER_SIZE;
+    n = tcpsrv__sys_readv(stream->source.fd, &piece, 1);
+    link->dry = n < TCPSRV__CIPHER_SIZE && !stream->ended;
+    if (n > 0) n = tcpsrv__link_keep(stream, link->links->cipher, (size_t)n) == 0 ? 1 : -ENOMEM;
+    if (n > 0) return 1;
+    if (n == -EAGAIN || n == -EWOULDBLOCK) link->dry = 1;
+    else link->end = n ? (int)n : TCPSRV_ETLS_TRUNCATED;
+    return 0;
+}
+
+/* Sends the engine's ciphertext. 0: all of it; -EAGAIN; or why not. */
+static int tcpsrv__link_push(tcpsrv_stream *stream) {
+    tcpsrv__engine *engine = tcpsrv__link_of(stream)->engine;
+    const unsigned char *out;
+    struct iovec piece;
+    size_t size;
+    long n;
+    while ((out = tcpsrv__engine_peek(engine, &size)) != NULL) {
+        piece.iov_base = (void *)(uintptr_t)out;
+        piece.iov_len = size;
+        n = tcpsrv__sys_send(stream->source.fd, &piece, 1);
+        if (n < 0) return n == -EWOULDBLOCK ? -EAGAIN : (int)n;
+        tcpsrv__engine_took(engine, (size_t)n);
+        if ((size_t)n < size) return -EAGAIN;
+    }
+    return 0;
+}
+
+/* What the engine has to say by itself goes when it can. */
+static TCPSRV__COLD void tcpsrv__link_push_own(tcpsrv_stream *stream) {
+    if (tcpsrv__link_push(stream) != -EAGAIN) return;
+    stream->owes = 1;
+    tcpsrv__write_dry(stream);
+}
+
+typedef struct tcpsrv__link_call {
+    tcpsrv_stream *stream;
+    const struct iovec *pieces;
+    int count;
+    long result;
+} tcpsrv__link_call;
+
+/* Plaintext into the pieces, of which so many bytes are full already; how many are then. */
+static size_t tcpsrv__link_read(tcpsrv__link *link, const struct iovec *pieces, int count,
+                                size_t full) {
+    size_t before = 0, n = 1;
+    int i;
+    for (i = 0; i < count && n; i++) {
+        while (n && full < before + pieces[i].iov_len) {
+            n = tcpsrv__engine_read(link->engine, (char *)pieces[i].iov_base + (full - before),
+                                    before + pieces[i].iov_len - full);
+            full += n;
+        }
+        before += pieces[i].iov_len;
+    }
+    return full;
+}
+
+static long tcpsrv__link_result(const tcpsrv__link *link, size_t got) {
+    if (got) return (long)got;
+    if (link->engine->error) return link->engine->error;
+    if (link->engine->ended) return 0;
+    return link->end ? link->end : -EAGAIN;
+}
+
+static void tcpsrv__link_receive_errand(void *arg) {
+    tcpsrv__link_call *call = (tcpsrv__link_call *)arg;
+    tcpsrv_stream *stream = call->stream;
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    size_t room = 0, got = 0;
+    int i, reads = 0;
+    for (i = 0; i < call->count; i++) room += call->pieces[i].iov_len;
+    call->result = tcpsrv__engine_wake(link->engine);
+    if (call->result) return;
+    link->dry = 0;
+    for (;;) {
+        got = tcpsrv__link_read(link, call->pieces, call->count, got);
+        if (got == room || link->dry || (got && !link->held) || reads++ == 4) break;
+        if (!tcpsrv__link_fill(stream)) break;
+        if (link->dry) got = tcpsrv__link_read(link, call->pieces, call->count, got);
+    }
+    if (tcpsrv__engine_state(link->engine) & TCPSRV__ENGINE_HAS_OUT)
+        tcpsrv__link_push_own(stream);
+    tcpsrv__engine_rest(link->engine);
+    /* What is left here no event will tell of. */
+    stream->deep = !link->dry || link->held || link->end || link->engine->records ||
+                   link->engine->error || link->engine->ended;
+    call->result = tcpsrv__link_result(link, got);
+}
+
+static long tcpsrv__link_receive(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+    tcpsrv__link_call call;
+    if (tcpsrv__link_of(stream)->closing) /* what comes now is swallowed as it is */
+        return tcpsrv__sys_readv(stream->source.fd, pieces, count);
+    call.stream = stream;
+    call.pieces = pieces;
+    call.count = count;
+    tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__link_receive_errand, &call);
+    return call.result;
+}
+
+/* Seals one record of the bytes from done on. How many it holds. */
+static size_t tcpsrv__link_seal(tcpsrv__link *link, const struct iovec *pieces, int count,
+                                size_t done) {
+    size_t n, before = 0, sealed = 0;
+    int i;
+    for (i = 0; i < count; i++) {
+        size_t size = pieces[i].iov_len;
+        if (done + sealed < before + size) {
+            size_t from = done + sealed - before;
+            n = tcpsrv__engine_write(link->engine, (const char *)pieces[i].iov_base + from,
+                                     size - from);
+            sealed += n;
+            if (n < size - from) break;
+        }
+        before += size;
+    }
+    tcpsrv__engine_flush(link->engine);
+    return sealed;
+}
+
+/* A record counts as sent when all of it is out: until then its plaintext stays in the queue, and
+   the next call goes on with the record as it was sealed. */
+static void tcpsrv__link_send_errand(void *arg) {
+    tcpsrv__link_call *call = (tcpsrv__link_call *)arg;
+    tcpsrv__link *link = tcpsrv__link_of(call->stream);
+    size_t total = 0, done = 0;
+    int i, err = tcpsrv__engine_wake(link->engine);
+    for (i = 0; i < call->count; i++) total += call->pieces[i].iov_len;
+    if (!err) err = tcpsrv__link_push(call->stream);
+    while (!err) {
+        done += link->sealed;
+        link->sealed = 0;
+        call->stream->owes = 0;
+        if (done >= total) break;
+        if (link->engine->error || link->engine->ended) err = -EPIPE;
+        else link->sealed = tcpsrv__link_seal(link, call->pieces, call->count, done);
+        if (!err && !link->sealed) err = -EPIPE;
+        if (!err) err = tcpsrv__link_push(call->stream);
+    }
+    if (link->closing && !err && !link->shut) {
+        link->shut = 1;
+        tcpsrv__sys_shutdown_write(call->stream->source.fd);
+    }
+    tcpsrv__engine_rest(link->engine);
+    call->result = err == -EAGAIN && done ? (long)done : err ? err : (long)done;
+}
+
+static long tcpsrv__link_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+    tcpsrv__link_call call;
+    call.stream = stream;
+    call.pieces = pieces;
+    call.count = count;
+    tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__link_send_errand, &call);
+    return call.result;
+}
+
+/* A close_notify, and behind it the end of the connection. */
+static TCPSRV__COLD void tcpsrv__link_shut(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    tcpsrv__link_call call;
+    if (tcpsrv__engine_wake(link->engine) == 0) tcpsrv__engine_close(link->engine);
+    link->closing = 1;
+    call.stream = stream;
+    call.pieces = NULL;
+    call.count = 0;
+    tcpsrv__link_send_errand(&call);
+    stream->owes = call.result == -EAGAIN;
+    if (stream->owes) tcpsrv__write_dry(stream);
+}
+
+/* ---- the transport: the handshake ------------------------------------------------------------ */
+
+/* What was queued before start_tls. 0, -EAGAIN, or a code. */
+static TCPSRV__COLD int tcpsrv__link_send_clear(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    struct iovec pieces[TCPSRV__SEND_PIECES];
+    size_t total;
+    long n;
+    while (link->clear_left) {
+        tcpsrv__queue_gather(&stream->out, pieces, &total);
+        if (pieces[0].iov_len > link->clear_left) pieces[0].iov_len = link->clear_left;
+        n = tcpsrv__sys_send(stream->source.fd, pieces, 1);
+        if (n < 0) return (int)n;
+        link->clear_left -= (size_t)n;
+        tcpsrv__output_sent(stream, (size_t)n);
+        if ((size_t)n < pieces[0].iov_len) return -EAGAIN;
+    }
+    return 0;
+}
+
+/* 1: it is over; 0: it waits for the peer; or a code. */
+static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    tcpsrv__engine *engine = link->engine;
+    int err = tcpsrv__link_send_clear(stream);
+    if (!err) err = tcpsrv__engine_wake(engine);
+    while (!err) {
+        err = tcpsrv__link_push(stream);
+        if (err) break;
+        if (engine->error) return engine->error;
+        if (engine->ended) return TCPSRV_ETLS_TRUNCATED;
+        if (engine->done) return 1;
+        if (tcpsrv__link_fill(stream)) {
+            link->links->steps += engine->started;
+        } else if (link->end) {
+            return link->end;
+        } else {
+            tcpsrv__read_dry(stream);
+            break;
+        }
+    }
+    if (err == -EAGAIN || err == -EWOULDBLOCK) {
+        tcpsrv__write_dry(stream);
+        err = 0;
+    }
+    return err;
+}
+
+/* While others take their turns those that are being set up share what is left of one. */
+static TCPSRV__COLD int tcpsrv__link_may_step(tcpsrv_stream *stream) {
+    tcpsrv__links *links = tcpsrv__link_of(stream)->links;
+    if (links->turn != stream->source.loop->turn) links->steps = 0;
+    links->turn = stream->source.loop->turn;
+    if (links->steps < TCPSRV__STEPS) return 1;
+    tcpsrv__make_ready(&stream->source);
+    return 0;
+}
+
+static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    int result;
+    if (!tcpsrv__link_may_step(stream)) return;
+    result = tcpsrv__link_handshake(stream);
+    tcpsrv__engine_rest(link->engine);
+    if (result < 0) tcpsrv__die(stream, result);
+    if (result <= 0) return;
+    stream->connecting = 0;
+    stream->readable = stream->writable = stream->deep = 1;
+    stream->extra->handshake_due = stream->extra->connect_due = 0;
+    tcpsrv__make_ready(&stream->source);
+}
+
+static TCPSRV__COLD void tcpsrv__link_release(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    if (link->held) tcpsrv__block_give(stream->source.loop, link->held);
+    tcpsrv__engine_free(link->engine);
+    tcpsrv__free(link);
+}
+
+static const tcpsrv__transport tcpsrv__tls_transport = {
+    tcpsrv__link_receive, tcpsrv__link_send, tcpsrv__link_shut, tcpsrv__link_prepare,
+    tcpsrv__link_release, 1, 0
+};
+
+/* ---- setting it up --------------------------------------------------------------------------- */
+
+/* A configuration with certificates and no file of authorities may still be a client's. */
+static TCPSRV__COLD int tcpsrv__tls_trust(tcpsrv_tls *tls) {
+    int err = 0;
+    pthread_mutex_lock(&tls->lock);
+    if (!tls->no_verify && !tls->anchor_count) err = tcpsrv__anchors_of_system(tls);
+    pthread_mutex_unlock(&tls->lock);
+    return err;
+}
+
+typedef struct tcpsrv__secure_call {
+    tcpsrv_stream *stream;
+    tcpsrv_tls *tls;
+    const char *host;
+    int is_client, result;
+} tcpsrv__secure_call;
+
+/* What has come behind a header in clear is the beginning of the handshake. */
+static TCPSRV__COLD int tcpsrv__link_take_input(tcpsrv_stream *stream, tcpsrv__link *link) {
+    tcpsrv__block *in = stream->in;
+    size_t size = in ? tcpsrv__block_size(in) : 0;
+    if (!size) return 0;
+    link->held = tcpsrv__block_take(stream->source.loop, size);
+    if (!link->held) return -ENOMEM;
+    memcpy(link->held->data, in->data + in->begin, size);
+    link->held->end = size;
+    in->begin = in->end;
+    return 0;
+}
+
+static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
+    tcpsrv__secure_call *call = (tcpsrv__secure_call *)arg;
+    tcpsrv_stream *stream = call->stream;
+    tcpsrv__extra *extra = tcpsrv__extra_make(stream);
+    tcpsrv__link *link = extra ? (tcpsrv__link *)tcpsrv__alloc(sizeof *link) : NULL;
+    int err = -ENOMEM;
+    if (link) link->links = tcpsrv__links_make(stream->source.loop);
+    if (link && link->links) err = tcpsrv__link_take_input(stream, link);
+    if (!err && !extra->connect_due && !extra->handshake_due)
+        err = tcpsrv__handshake_deadline(stream);
+    if (!err) err = tcpsrv__engine_new(call->tls, call->is_client, call->host,
+                                       &link->links->records, &link->engine);
+    call->result = err;
+    if (err) {
+        if (link && link->held) tcpsrv__block_give(stream->source.loop, link->held);
+        tcpsrv__free(link);
+        return;
+    }
+    extra->link = link;
+    stream->io = &tcpsrv__tls_transport;
+    stream->connecting = 1;
+    tcpsrv__make_ready(&stream->source);
+}
+
+/* Makes TLS the transport of a connected stream, which is connecting again until it is set up. */
+static TCPSRV__COLD int tcpsrv__secure(tcpsrv_stream *stream, tcpsrv_tls *tls, int is_client,
+                                       const char *host) {
+    tcpsrv__secure_call call;
+    call.stream = stream;
+    call.tls = tls;
+    call.host = host;
+    call.is_client = is_client;
+    tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__secure_errand, &call);
+    return call.result;
+}
+
+/* Takes a reference, where it can do what is wanted. 0 or the failure recorded. */
+static TCPSRV__COLD int tcpsrv__secure_hold(tcpsrv_tls *tls, int is_client, const char *host) {
+    int err;
+    if (!tls) return 0;
+    if (!is_client && !tls->pair_count)
+        return tcpsrv__tls_fail("a server's TLS needs a certificate");
+    if (is_client && !host && !tls->no_verify)
+        return tcpsrv__tls_fail("a host name is needed to verify the server (or no_verify)");
+    err = is_client ? tcpsrv__tls_trust(tls) : 0;
+    if (!err) tcpsrv__tls_hold(tls);
+    return err;
+}
+
+static TCPSRV__COLD void tcpsrv__secure_drop(tcpsrv_tls *tls) {
+    tcpsrv_tls_free(tls);
+}
+
+static TCPSRV__COLD int tcpsrv__may_start_tls(const tcpsrv_stream *stream) {
+    const tcpsrv__block *in = stream->in;
+    if (stream->closing) return TCPSRV_ECLOSED;
+    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    if (stream->connecting || stream->read_fn) return TCPSRV_EBUSY;
+    if (stream->io == &tcpsrv__tls_transport) return -EALREADY;
+    if (!stream->io->is_socket) return -ENOTSOCK;
+    if (stream->shut_wanted) return TCPSRV_ECLOSED;
+    if (tcpsrv__queue_memory(&stream->out) != stream->out.size) return TCPSRV_EBUSY;
+    return in && tcpsrv__block_size(in) ? TCPSRV_ETLS_BUFFERED : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname) {
+    int is_client = !stream->owner->gone, err = tcpsrv__may_start_tls(stream);
+    if (err) return tcpsrv__fail_at(err, "start_tls", stream);
+    err = tcpsrv__secure_hold(tls, is_client, hostname);
+    if (err) return err;
+    err = tcpsrv__secure(stream, tls, is_client, hostname);
+    if (!err) tcpsrv__link_of(stream)->clear_left = stream->out.size;
+    tcpsrv_tls_free(tls);
+    return err ? tcpsrv__fail_at(err, "start_tls", stream) : 0;
+}
+
+TCPSRV_IMPL int tcpsrv_wait_handshake(tcpsrv_stream *stream) {
+    return tcpsrv_await(stream, tcpsrv_ready(), NULL);
+}
+
+TCPSRV_IMPL int tcpsrv_get_tls_info(const tcpsrv_stream *stream, tcpsrv_tls_info *info) {
+    const tcpsrv__link *link = stream->extra && stream->io == &tcpsrv__tls_transport
+                                   ? tcpsrv__link_of(stream) : NULL;
+    const tcpsrv__engine *engine = link ? link->engine : NULL;
+    br_ssl_session_parameters session;
+    memset(info, 0, sizeof *info);
+    if (!engine || !engine->done) return -ENOTCONN;
+    br_ssl_engine_get_session_parameters(engine->core, &session);
+    info->version = "TLSv1.2";
+    info->suite = tcpsrv__suite_name(session.cipher_suite);
+    tcpsrv__wipe(&session, sizeof session);
+    info->alpn = br_ssl_engine_get_selected_protocol(engine->core);
+    if (!info->alpn) info->alpn = "";
+    info->server_name = br_ssl_engine_get_server_name(engine->core);
+    info->resumed = engine->resumed;
+    info->peer_name = info->peer_dns = "";
+    if (!engine->peer) return 0;
+    info->has_peer = 1;
+    info->verified = engine->peer->verified;
+    info->peer_name = engine->peer->name;
+    info->peer_dns = engine->peer->dns;
+    memcpy(info->peer_sha256, engine->peer->sha256, sizeof info->peer_sha256);
+    return 0;
+}
+
 /* ---- texts ----------------------------------------------------------------------------------- */
 
 typedef struct tcpsrv__tls_text {
@@ -7870,6 +8397,21 @@ static TCPSRV__COLD const char *tcpsrv__secure_text(int code) {
 }
 
 #else
+
+static TCPSRV__COLD int tcpsrv__secure(tcpsrv_stream *stream, tcpsrv_tls *tls, int is_client,
+                                       const char *host) {
+    (void)stream, (void)tls, (void)is_client, (void)host;
+    return -ENOTSUP;
+}
+
+static TCPSRV__COLD int tcpsrv__secure_hold(tcpsrv_tls *tls, int is_client, const char *host) {
+    (void)is_client, (void)host;
+    return tls ? tcpsrv__fail(-ENOTSUP, "tls", "(without TCPSERVER_TLS)") : 0;
+}
+
+static TCPSRV__COLD void tcpsrv__secure_drop(tcpsrv_tls *tls) {
+    (void)tls;
+}
 
 static TCPSRV__COLD const char *tcpsrv__secure_text(int code) {
     (void)code;
@@ -8686,6 +9228,8 @@ typedef struct tcpsrv__race {
     struct sockaddr_storage source_name;
     socklen_t source_size;          /* 0: none */
     int source_port;                /* of a source without an address */
+    tcpsrv_tls *tls;                /* what the connection begins with; NULL: nothing */
+    char *tls_name;                 /* behind this */
     tcpsrv__names names;
 } tcpsrv__race;
 
@@ -8726,20 +9270,26 @@ static TCPSRV__COLD void tcpsrv__race_give_up(tcpsrv_stream *stream) {
     tcpsrv__timer_cancel(stream->source.loop, &race->timer);
     if (race->job) tcpsrv__job_cancel(stream->source.loop, &race->job->job);
     race->job = NULL;
+    tcpsrv__secure_drop(race->tls);
+    race->tls = NULL;
     while (race->attempts) tcpsrv__attempt_drop(&race->attempts->source);
 }
 
 static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int index) {
     tcpsrv__race *race = tcpsrv__race_of(stream);
+    tcpsrv_tls *tls = race->tls;
     tcpsrv_address address;
     int err;
+    race->tls = NULL;
     tcpsrv__race_give_up(stream);
     tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
                                   race->names.size[index]);
     tcpsrv__name_peer(&stream->peer, &address);
     stream->deep = address.family == AF_UNIX;
-    stream->extra->connect_due = 0;
+    if (!tls) stream->extra->connect_due = 0;
     err = tcpsrv__stream_adopt(stream, fd);
+    if (!err && tls) err = tcpsrv__secure(stream, tls, 1, race->tls_name);
+    tcpsrv__secure_drop(tls);
     if (err) tcpsrv__die(stream, err);
     stream->extra->making = NULL;
     tcpsrv__free(race);
@@ -8839,7 +9389,7 @@ static TCPSRV__COLD int tcpsrv__race_on(tcpsrv__race *race, int err) {
     while (!begun && race->next < race->names.count) {
         err = tcpsrv__attempt_begin(race, race->next++);
         begun = !err;
-        if (!stream->connecting) return 0;
+        if (!stream->connecting || !stream->extra->making) return 0;
     }
     if (race->next < race->names.count)
         tcpsrv__timer_arm(loop, &race->timer, loop->now + tcpsrv__ms_to_ns(TCPSRV__ATTEMPT_MS));
@@ -8994,17 +9544,22 @@ static TCPSRV__COLD int tcpsrv__race_begin(tcpsrv__race *race,
 
 TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
                                           const tcpsrv_connect_options *options) {
+    const char *name = options->tls_name ? options->tls_name : options->host;
+    size_t size = options->tls && name ? strlen(name) + 1 : 0;
     tcpsrv_stream *stream = tcpsrv__lone_start(loop, -1, 0, options);
     tcpsrv__race *race;
     int err;
     if (!stream) return NULL;
-    race = tcpsrv__extra_make(stream) ? (tcpsrv__race *)tcpsrv__alloc(sizeof *race) : NULL;
-    if (!race) {
+    race = tcpsrv__extra_make(stream) ? (tcpsrv__race *)tcpsrv__alloc(sizeof *race + size) : NULL;
+    if (!race) tcpsrv__fail(-ENOMEM, "connect", NULL);
+    if (!race || tcpsrv__secure_hold(options->tls, 1, name) != 0) {
+        tcpsrv__free(race);
         tcpsrv_abort(stream);
-        tcpsrv__fail(-ENOMEM, "connect", NULL);
         return NULL;
     }
     race->stream = stream;
+    race->tls = options->tls;
+    if (size) race->tls_name = (char *)memcpy(race + 1, name, size);
     err = tcpsrv__race_begin(race, options);
     if (!err) return stream;
     tcpsrv__fail_race(err, race);
@@ -9130,11 +9685,26 @@ static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv__peer_na
         result == TCPSRV_ECANCELED)
         return;
     if (result == -ECONNRESET || result == -EPIPE || result == -ETIMEDOUT ||
-        result == -ECONNABORTED || result == TCPSRV_ETIMEDOUT)
+        result == -ECONNABORTED || result == TCPSRV_ETIMEDOUT ||
+        (result <= TCPSRV_ETLS && result > TCPSRV_ERESOLVE)) /* told already, or cut short */
         level = TCPSRV_LOG_DEBUG;
     tcpsrv__name_address(peer, &address);
     tcpsrv_address_text(&address, place, sizeof place);
     tcpsrv__log_limited(server, level, result, "connection from", place);
+}
+
+/* A connection that never became ready: scanners and broken clients are normal. */
+static TCPSRV__COLD void tcpsrv__log_not_ready(tcpsrv__owner *owner, tcpsrv_stream *stream,
+                                               int code) {
+    char what[80] = "connection from", place[TCPSRV_ADDRESS_TEXT];
+    tcpsrv_address address;
+    if (code == 0 || code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED) return;
+    if (code == TCPSRV_ETIMEDOUT)
+        snprintf(what, sizeof what, "TLS handshake timed out after %u ms, connection from",
+                 (unsigned)owner->options.handshake_timeout_ms);
+    tcpsrv__name_address(&stream->peer, &address);
+    tcpsrv_address_text(&address, place, sizeof place);
+    tcpsrv__log_limited(tcpsrv__server_of(owner), TCPSRV_LOG_INFO, code, what, place);
 }
 
 /* ---- the end of a server --------------------------------------------------------------------- */
@@ -9146,6 +9716,7 @@ static void tcpsrv__server_release(tcpsrv *server) {
         tcpsrv__free(drain);
     }
     if (server->reserve_fd >= 0) tcpsrv__sys_close(server->reserve_fd);
+    tcpsrv__secure_drop(server->owner.options.tls);
     tcpsrv__free(server->crowds.slots);
     tcpsrv__free(server->trusted);
     tcpsrv__free(server->bound);
@@ -9479,8 +10050,16 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
 
 static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *stream,
                                               const tcpsrv_address *address) {
-    int err;
+    tcpsrv_tls *tls = server->owner.options.tls;
+    int err = tls ? tcpsrv__secure(stream, tls, 0, NULL) : 0;
     stream->starting = stream->spoke = 0;
+    if (!tls && stream->extra) stream->extra->handshake_due = 0;
+    if (err) {
+        tcpsrv__log_limited(server, TCPSRV_LOG_ERROR, err, "connection dropped", NULL);
+        tcpsrv__handler_drop(stream);
+        tcpsrv_abort(stream);
+        return;
+    }
     if (stream->in_stack) {
         tcpsrv__handler_begin(server, stream, address);
         return;
@@ -9560,7 +10139,6 @@ static TCPSRV__COLD void tcpsrv__header_read(tcpsrv_stream *stream, int err, tcp
         return;
     }
     stream->counted = server->owner.options.max_connections_per_ip != 0;
-    if (stream->extra) stream->extra->handshake_due = 0;
     tcpsrv__stream_begin(server, stream, &address);
 }
 
@@ -10103,17 +10681,29 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     if (options->reload_on_hup) TCPSRV__STORE(&tcpsrv__reload_wanted, 1);
     if (options->upgrade_on_usr2) TCPSRV__STORE(&tcpsrv__upgrade_wanted, options->upgrade_on_usr2);
     tcpsrv__owner_fill(&server->owner);
-    if (tcpsrv__trusted_parse(server) != 0) {
+    if (tcpsrv__trusted_parse(server) != 0 || tcpsrv__secure_hold(options->tls, 0, NULL) != 0) {
+        tcpsrv__free(server->trusted);
         tcpsrv__free(server);
         return NULL;
     }
     server->owner.gone = tcpsrv__stream_gone;
+    server->owner.not_ready = tcpsrv__log_not_ready;
     server->reserve_fd = -1;
     server->pause_ms = TCPSRV__PAUSE_MS;
     server->pause_timer.fire = tcpsrv__pause_fire;
     server->drain_timer.fire = tcpsrv__drain_fire;
     return server;
 }
+
+#ifdef TCPSERVER_TLS
+TCPSRV_IMPL int tcpsrv_set_tls(tcpsrv *server, tcpsrv_tls *tls) {
+    int err = tcpsrv__secure_hold(tls, 0, NULL);
+    if (err) return err;
+    tcpsrv__secure_drop(server->owner.options.tls);
+    server->owner.options.tls = tls;
+    return 0;
+}
+#endif
 
 TCPSRV_IMPL const tcpsrv_options *tcpsrv_get_options(const tcpsrv *server) {
     return &server->owner.options;

@@ -1020,6 +1020,776 @@ static void every_failing_allocation_of_a_handshake_is_survived(void) {
     tcpsrv_tls_free(server);
 }
 
+/* ---- streams --------------------------------------------------------------------------------- */
+
+static char log_lines[2000];
+
+static void keep_log(int level, const char *line, void *user) {
+    (void)user;
+    snprintf(log_lines + strlen(log_lines), sizeof log_lines - strlen(log_lines), "%d %s\n", level,
+             line);
+}
+
+typedef struct service {            /* a server on the thread's loop, and what clients need */
+    tcpsrv *server;
+    tcpsrv_tls *tls, *client_tls;
+    tcpsrv_options options;
+    int port;
+} service;
+
+static void service_init(service *made, tcpsrv_stream_fn *handler, tcpsrv_stream_fn *callback) {
+    memset(made, 0, sizeof *made);
+    made->tls = server_tls("ec");
+    made->client_tls = client_tls("ca.pem");
+    made->options.handle_stream = handler;
+    made->options.on_stream = callback;
+    made->options.log = keep_log;
+    made->options.tls = made->tls;
+}
+
+static void service_start(service *made) {
+    made->server = tcpsrv_new(&made->options);
+    CHECK(made->server);
+    CHECK_INT(tcpsrv_listen(made->server, 0, "127.0.0.1"), 0);
+    made->port = tcpsrv_port(made->server, 0);
+}
+
+static void service_open(service *made, tcpsrv_stream_fn *handler, tcpsrv_stream_fn *callback) {
+    service_init(made, handler, callback);
+    service_start(made);
+}
+
+static void service_close(service *made) {
+    tcpsrv_free(made->server);
+    CHECK_INT(tcpsrv_loop_free(tcpsrv_loop_default()), 0);
+    tcpsrv_tls_free(made->tls);
+    tcpsrv_tls_free(made->client_tls);
+}
+
+static tcpsrv_stream *dial(const service *to, tcpsrv_tls *tls) {
+    tcpsrv_connect_options options;
+    tcpsrv_stream *stream;
+    memset(&options, 0, sizeof options);
+    options.host = "127.0.0.1";
+    options.port = to->port;
+    options.timeout_ms = 20000;
+    options.tls = tls;
+    stream = tcpsrv_connect(tcpsrv_loop_default(), &options);
+    if (!stream) printf("    %s\n", tcpsrv_last_error());
+    CHECK(stream);
+    return stream;
+}
+
+/* A socket of the test's own, in which TLS is not spoken. */
+static int dial_plain(const service *to) {
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)to->port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    return fd;
+}
+
+static void turns_until(int (*done)(void)) {
+    uint64_t end = test_ns() + 20000000000u;
+    while (!done()) {
+        CHECK(test_ns() < end);
+        CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 50), 0);
+    }
+}
+
+static int handler_result, handlers_done;
+
+static int has_handler_ended(void) {
+    return handlers_done > 0;
+}
+
+static int ended(int result) {
+    handler_result = result;
+    handlers_done++;
+    return result;
+}
+
+static int echo_lines(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err;
+    (void)peer, (void)user;
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
+        if ((err = tcpsrv_write(stream, line.data, line.size)) != 0) break;
+    return ended(err);
+}
+
+static void on_line(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    if (err || tcpsrv_write(stream, line.data, line.size) != 0) {
+        ended(err);
+        tcpsrv_close(stream);
+        return;
+    }
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line, user), 0);
+}
+
+static int echo_with_callbacks(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line, user);
+}
+
+static void talk_lines(tcpsrv_stream *stream) {
+    tcpsrv_bytes line;
+    CHECK_INT(tcpsrv_write(stream, "one\ntwo\n", 8), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    CHECK_MEM(line.data, line.size, "one\n");
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    CHECK_MEM(line.data, line.size, "two\n");
+}
+
+static void lines_come_back_from(tcpsrv_stream_fn *handler, tcpsrv_stream_fn *callback) {
+    service here;
+    tcpsrv_stream *stream;
+    service_open(&here, handler, callback);
+    stream = dial(&here, here.client_tls);
+    talk_lines(stream);
+    talk_lines(stream);
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_EOF);
+    CHECK_STR(log_lines, "");
+    service_close(&here);
+}
+
+static void a_handler_echoes_over_tls(void) {
+    lines_come_back_from(echo_lines, NULL);
+}
+
+static void callbacks_echo_over_tls(void) {
+    lines_come_back_from(NULL, echo_with_callbacks);
+}
+
+static int64_t find_five(const char *data, size_t size, void *arg) {
+    (void)arg;
+    return size && data[0] == 'f' ? 5 : size ? -1 : 0;
+}
+
+static int read_everything(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    regex_t regex;
+    char into[8];
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_until_mem("\0\0", 2, 0), &got), 0);
+    CHECK(got.size == 5 && memcmp(got.data, "abc\0\0", 5) == 0);
+    CHECK_INT(tcpsrv_read_bytes(stream, 4, &got), 0);
+    CHECK_MEM(got.data, got.size, "four");
+    CHECK_INT(tcpsrv_read_into(stream, into, sizeof into), 0);
+    CHECK_MEM(into, sizeof into, "eight888");
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_frame(find_five, NULL, 0), &got), 0);
+    CHECK_MEM(got.data, got.size, "frame");
+    CHECK_INT(regcomp(&regex, "[0-9]+;", REG_EXTENDED), 0);
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_until_regex(&regex, 0), &got), 0);
+    CHECK_MEM(got.data, got.size, "number 42;");
+    regfree(&regex);
+    CHECK_INT(tcpsrv_read_some(stream, 3, &got), 0);
+    CHECK_MEM(got.data, got.size, "som");
+    CHECK_INT(tcpsrv_read_until_close(stream, 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "e and the rest");
+    return ended(0);
+}
+
+static void every_read_value_works_over_tls(void) {
+    static const char text[] = "abc\0\0foureight888framenumber 42;some and the rest";
+    service here;
+    tcpsrv_stream *stream;
+    size_t i;
+    service_open(&here, read_everything, NULL);
+    stream = dial(&here, here.client_tls);
+    for (i = 0; i < sizeof text - 1; i++) { /* a record for each byte */
+        CHECK_INT(tcpsrv_write(stream, text + i, 1), 0);
+        CHECK_INT(tcpsrv_flush(stream), 0);
+    }
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, 0);
+    service_close(&here);
+}
+
+enum { BULK = 8 << 20 };
+static char bulk[BULK];
+
+static int send_bulk(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    int err = tcpsrv_write(stream, bulk, BULK / 2);
+    (void)peer, (void)user;
+    if (!err) err = tcpsrv_write(stream, bulk + BULK / 2, BULK / 2);
+    return ended(err);
+}
+
+static void a_large_write_arrives_whole_and_its_last_byte_too(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    size_t n = 0, i;
+    for (i = 0; i < BULK; i++) bulk[i] = (char)(i % 251 + i / 65521);
+    service_open(&here, send_bulk, NULL);
+    stream = dial(&here, here.client_tls);
+    while (n < BULK) {
+        CHECK_INT(tcpsrv_read_some(stream, 100000, &got), 0);
+        CHECK(memcmp(got.data, bulk + n, got.size) == 0);
+        n += got.size;
+    }
+    CHECK_INT(tcpsrv_read_some(stream, 0, &got), TCPSRV_EOF);
+    CHECK_INT(handler_result, 0);
+    CHECK_INT(handlers_done, 1);
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+static int take_bulk(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    char *memory = (char *)malloc(BULK);
+    int err = tcpsrv_read_into(stream, memory, BULK);
+    (void)peer, (void)user;
+    if (!err) CHECK(memcmp(memory, bulk, BULK) == 0);
+    free(memory);
+    if (!err) err = tcpsrv_write(stream, "thanks", 6);
+    return ended(err);
+}
+
+static void a_large_upload_arrives_whole(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    size_t i, n = 0;
+    int err;
+    for (i = 0; i < BULK; i++) bulk[i] = (char)(i % 247 + i / 65521);
+    service_open(&here, take_bulk, NULL);
+    stream = dial(&here, here.client_tls);
+    while (n < BULK) {
+        err = tcpsrv_write(stream, bulk + n, 65536);
+        if (err == TCPSRV_EBUFFULL) CHECK_INT(tcpsrv_flush(stream), 0);
+        else CHECK_INT(err, 0);
+        if (!err) n += 65536;
+    }
+    CHECK_INT(tcpsrv_read_bytes(stream, 6, &got), 0);
+    CHECK_MEM(got.data, got.size, "thanks");
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+static int send_file(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    int fd = open(file("ec.pem"), O_RDONLY), err;
+    (void)peer, (void)user;
+    CHECK(fd >= 0);
+    err = tcpsrv_sendfile(stream, fd, 2, 300);
+    close(fd);
+    return ended(err);
+}
+
+static void a_file_goes_encrypted(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    service_open(&here, send_file, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_read_until_close(stream, 0, &got), 0);
+    CHECK_INT(got.size, 300);
+    CHECK(memcmp(got.data, contents("ec.pem") + 2, 300) == 0);
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+/* ---- streams: the handshake ------------------------------------------------------------------ */
+
+static int look_around(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_tls_info info;
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_get_tls_info(stream, &info), -ENOTCONN); /* it has not begun */
+    CHECK_INT(tcpsrv_write(stream, "queued ", 7), 0);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_get_tls_info(stream, &info), 0);
+    CHECK_STR(info.version, "TLSv1.2");
+    CHECK_STR(info.alpn, "h2");
+    CHECK_STR(info.server_name, "localhost");
+    CHECK_INT(info.has_peer, 1);
+    CHECK_INT(info.verified, 1);
+    CHECK_STR(info.peer_name, "alice");
+    CHECK_STR(info.peer_dns, "alice.test");
+    CHECK_INT(tcpsrv_start_tls(stream, NULL, NULL), -EALREADY);
+    CHECK_INT(tcpsrv_shutdown(stream), -ENOTSUP);
+    return ended(tcpsrv_write(stream, "and ready", 9));
+}
+
+static void a_handler_begins_before_the_handshake_and_learns_who_is_there(void) {
+    static const char *const protocols[] = { "h2", NULL };
+    service here;
+    config made;
+    tcpsrv_connect_options options;
+    tcpsrv_stream *stream;
+    tcpsrv_tls_info info;
+    tcpsrv_bytes got;
+    service_init(&here, look_around, NULL);
+    tcpsrv_tls_free(here.tls);
+    tcpsrv_tls_free(here.client_tls);
+    config_init(&made, "ec", "ca.pem");
+    made.options.client_certificates = TCPSRV_TLS_REQUIRED;
+    made.options.alpn = protocols;
+    here.options.tls = here.tls = config_make(&made);
+    config_init(&made, "alice", "ca.pem");
+    made.options.alpn = protocols;
+    here.client_tls = config_make(&made);
+    service_start(&here);
+    memset(&options, 0, sizeof options);
+    options.host = "127.0.0.1";
+    options.port = here.port;
+    options.tls = here.client_tls;
+    options.tls_name = "localhost";
+    stream = tcpsrv_connect(tcpsrv_loop_default(), &options);
+    CHECK(stream);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_get_tls_info(stream, &info), 0);
+    CHECK_STR(info.peer_name, "localhost");
+    CHECK_STR(info.suite, strstr(info.suite, "AES") ? "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"
+                                      : "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256");
+    CHECK_INT(info.verified, 1);
+    CHECK_INT(tcpsrv_read_until_close(stream, 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "queued and ready");
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+static int close_at_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    tcpsrv_close(stream);
+    return ended(0);
+}
+
+static void a_close_before_the_handshake_sends_nothing(void) {
+    service here;
+    char byte;
+    int fd;
+    service_open(&here, close_at_once, NULL);
+    fd = dial_plain(&here);
+    turns_until(has_handler_ended);
+    tcpsrv_loop_poll(tcpsrv_loop_default(), 0);
+    CHECK_INT(read(fd, &byte, 1), 0);
+    close(fd);
+    service_close(&here);
+}
+
+static void a_plain_client_ends_its_stream_and_is_logged_with_its_address(void) {
+    service here;
+    tcpsrv_stats stats;
+    int fd;
+    service_open(&here, echo_lines, NULL);
+    fd = dial_plain(&here);
+    CHECK_INT(write(fd, "GET / HTTP/1.1\r\n\r\n", 18), 18);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETLS_PLAIN);
+    CHECK(strncmp(log_lines, "2 connection from 127.0.0.1:", 28) == 0);
+    CHECK(strstr(log_lines, ": peer does not speak TLS\n"));
+    tcpsrv_loop_poll(tcpsrv_loop_default(), 0);
+    tcpsrv_get_stats(here.server, &stats);
+    CHECK_INT(stats.active, 0);
+    close(fd);
+    service_close(&here);
+}
+
+static void a_silent_client_is_dropped_at_the_handshake_timeout(void) {
+    service here;
+    tcpsrv_stats stats;
+    int fd;
+    service_init(&here, echo_lines, NULL);
+    here.options.handshake_timeout_ms = 50;
+    service_start(&here);
+    fd = dial_plain(&here);
+    CHECK_INT(write(fd, "\x16\x03\x01", 3), 3);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETIMEDOUT);
+    CHECK(strstr(log_lines, "2 TLS handshake timed out after 50 ms, connection from 127.0.0.1:"));
+    tcpsrv_get_stats(here.server, &stats);
+    CHECK_INT(stats.timeouts_handshake, 1);
+    close(fd);
+    service_close(&here);
+}
+
+static void a_server_that_is_not_trusted_fails_the_clients_first_read(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_tls *other;
+    tcpsrv_bytes got;
+    service_open(&here, echo_lines, NULL);
+    other = client_tls("other-ca.pem");
+    stream = dial(&here, other);
+    CHECK_INT(tcpsrv_write(stream, "secret\n", 7), 0);
+    CHECK_INT(tcpsrv_read_some(stream, 0, &got), TCPSRV_ETLS - 62);
+    CHECK(strstr(tcpsrv_last_error(), ": certificate chain leads to no trusted root"));
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETLS - 256 - 48);
+    CHECK(strstr(log_lines, "peer sent alert 48"));
+    tcpsrv_tls_free(other);
+    service_close(&here);
+}
+
+static void a_host_name_is_needed_to_verify(void) {
+    tcpsrv_connect_options options;
+    tcpsrv_tls *tls = client_tls("ca.pem");
+    tcpsrv_options server;
+    memset(&options, 0, sizeof options);
+    options.path = "/nowhere";
+    options.tls = tls;
+    CHECK(!tcpsrv_connect(tcpsrv_loop_default(), &options));
+    CHECK_STR(tcpsrv_last_error(), "a host name is needed to verify the server (or no_verify)");
+    memset(&server, 0, sizeof server);
+    server.handle_stream = echo_lines;
+    server.tls = tls;
+    CHECK(!tcpsrv_new(&server));
+    CHECK_STR(tcpsrv_last_error(), "a server's TLS needs a certificate");
+    tcpsrv_tls_free(tls);
+    CHECK_INT(tcpsrv_loop_free(tcpsrv_loop_default()), 0);
+}
+
+static void new_certificates_serve_new_connections_and_old_ones_go_on(void) {
+    service here;
+    tcpsrv_stream *before, *after;
+    tcpsrv_tls *renewed, *any;
+    tcpsrv_tls_info info;
+    service_open(&here, echo_lines, NULL);
+    any = client_tls(NULL);
+    before = dial(&here, any);
+    talk_lines(before);
+    renewed = server_tls("rsa");
+    CHECK_INT(tcpsrv_set_tls(here.server, renewed), 0);
+    tcpsrv_tls_free(renewed);
+    CHECK_INT(tcpsrv_set_tls(here.server, any), TCPSRV_ETLS);
+    after = dial(&here, any);
+    talk_lines(after);
+    talk_lines(before);
+    CHECK_INT(tcpsrv_get_tls_info(after, &info), 0);
+    CHECK_STR(info.peer_name, "b.test");
+    CHECK_INT(tcpsrv_get_tls_info(before, &info), 0);
+    CHECK_STR(info.peer_name, "localhost");
+    CHECK_INT(info.verified, 0);
+    tcpsrv_close(before);
+    tcpsrv_close(after);
+    tcpsrv_tls_free(any);
+    service_close(&here);
+}
+
+/* A crowd at once: no turn does more of their computing than its share. */
+static void handshakes_are_rationed(void) {
+    enum { CROWD = 24 };
+    tcpsrv_stream *streams[CROWD];
+    service here;
+    tcpsrv__links *links;
+    int i, ready = 0, turns = 0;
+    service_open(&here, NULL, echo_with_callbacks);
+    for (i = 0; i < CROWD; i++) streams[i] = dial(&here, here.client_tls);
+    while (ready < CROWD) {
+        CHECK(turns++ < 10000);
+        CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 100), 0);
+        links = (tcpsrv__links *)tcpsrv_loop_default()->links;
+        /* one that is under way ends its step */
+        if (links) CHECK(links->steps <= TCPSRV__STEPS + 2);
+        for (i = ready = 0; i < CROWD; i++) ready += !streams[i]->connecting;
+    }
+    for (i = 0; i < CROWD; i++) {
+        talk_lines(streams[i]);
+        tcpsrv_close(streams[i]);
+    }
+    service_close(&here);
+}
+
+/* ---- streams: the end ------------------------------------------------------------------------ */
+
+static int read_to_the_end(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    int err = tcpsrv_read_until_close(stream, 0, &got);
+    (void)peer, (void)user;
+    if (err) {
+        CHECK_INT(tcpsrv_read_some(stream, 0, &got), 0); /* what came is still there */
+        CHECK_MEM(got.data, got.size, "half a mess");
+    }
+    return ended(err);
+}
+
+static void an_end_without_close_notify_is_told_from_a_whole_one(void) {
+    service here;
+    tcpsrv_stream *stream;
+    service_open(&here, read_to_the_end, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_write(stream, "half a mess", 11), 0);
+    CHECK_INT(tcpsrv_flush(stream), 0);
+    CHECK_INT(shutdown(tcpsrv_fd(stream), SHUT_WR), 0);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETLS_TRUNCATED);
+    CHECK_STR(tcpsrv_strerror(handler_result), "connection ended without close_notify");
+    CHECK(strncmp(log_lines, "3 ", 2) == 0 && !strstr(log_lines, "\n0 "));
+    tcpsrv_abort(stream);
+    service_close(&here);
+}
+
+static int closes;
+static int close_result;
+
+static void on_closed(tcpsrv_stream *stream, int result, size_t unsent, void *arg) {
+    (void)stream, (void)arg, (void)unsent;
+    closes++;
+    close_result = result;
+}
+
+static int has_closed(void) {
+    return closes > 0;
+}
+
+static int answer_without_reading(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    int err = tcpsrv_read_bytes(stream, 3, &got);
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_on_close(stream, on_closed, NULL), 0);
+    if (!err) err = tcpsrv_write(stream, "enough", 6);
+    return ended(err);
+}
+
+/* The engine holds plaintext that nobody will read, the socket more of it. */
+static void a_close_with_unread_plaintext_ends_and_its_answer_arrives(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    memset(bulk, 'x', 50000);
+    service_open(&here, answer_without_reading, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_write(stream, bulk, 50000), 0);
+    CHECK_INT(tcpsrv_read_until_close(stream, 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "enough");
+    tcpsrv_close(stream);
+    turns_until(has_closed);
+    CHECK_INT(close_result, 0);
+    service_close(&here);
+}
+
+static int write_too_much(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_set_timeout(stream, 0, 200), 0);
+    return ended(tcpsrv_write(stream, bulk, BULK));
+}
+
+static void a_peer_that_takes_nothing_ends_a_write_at_its_timeout(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    service_open(&here, write_too_much, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_read_bytes(stream, 10, &got), 0);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETIMEDOUT);
+    tcpsrv_abort(stream);
+    service_close(&here);
+}
+
+static int read_with_a_timeout(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_set_timeout(stream, 100, 0), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &got), TCPSRV_ETIMEDOUT);
+    CHECK_INT(tcpsrv_set_timeout(stream, 0, 0), 0);
+    CHECK_INT(tcpsrv_write(stream, "late\n", 5), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "part and rest\n");
+    return ended(tcpsrv_write(stream, "whole\n", 6));
+}
+
+static void a_read_timeout_leaves_its_bytes_and_the_stream(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    service_open(&here, read_with_a_timeout, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_write(stream, "part ", 5), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "late\n");
+    CHECK_INT(tcpsrv_write(stream, "and rest\n", 9), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "whole\n");
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+/* ---- streams: start_tls ---------------------------------------------------------------------- */
+
+static tcpsrv_tls *upgrade;
+
+static int upgrade_on_request(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    int err = tcpsrv_read_until(stream, "\n", 0, &got);
+    (void)peer, (void)user;
+    if (err) return ended(err);
+    CHECK_MEM(got.data, got.size, "STARTTLS\n");
+    CHECK_INT(tcpsrv_write(stream, "go ahead\n", 9), 0);
+    err = tcpsrv_start_tls(stream, upgrade, NULL);
+    if (err) return ended(err);
+    return echo_lines(stream, peer, user);
+}
+
+static void both_sides_go_on_in_tls(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    service_init(&here, upgrade_on_request, NULL);
+    here.options.tls = NULL;
+    upgrade = here.tls;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    CHECK_INT(tcpsrv_write(stream, "STARTTLS\n", 9), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &got), 0);
+    CHECK_MEM(got.data, got.size, "go ahead\n");
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, NULL), TCPSRV_ETLS);
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), 0);
+    talk_lines(stream);
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), -EALREADY);
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_EOF);
+    service_close(&here);
+}
+
+/* What follows the request in clear would be taken for something said under encryption
+   (CVE-2011-0411). */
+static void start_tls_refuses_plain_data_that_came_before_it(void) {
+    service here;
+    tcpsrv_stream *stream;
+    service_init(&here, upgrade_on_request, NULL);
+    here.options.tls = NULL;
+    upgrade = here.tls;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    CHECK_INT(tcpsrv_write(stream, "STARTTLS\nDELETE EVERYTHING\n", 27), 0);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETLS_BUFFERED);
+    CHECK_STR(tcpsrv_strerror(handler_result), "plain data buffered before start_tls");
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+static void a_proxy_header_comes_before_tls(void) {
+    static const char header[] = "PROXY TCP4 192.0.2.7 192.0.2.8 4000 443\r\n";
+    service here;
+    tcpsrv_stream *stream;
+    service_init(&here, echo_lines, NULL);
+    here.options.proxy_protocol = TCPSRV_PROXY_REQUIRED;
+    here.options.trusted = "127.0.0.0/8";
+    service_start(&here);
+    stream = dial(&here, NULL);
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_ready(), NULL), 0);
+    CHECK_INT(tcpsrv_write(stream, header, sizeof header - 1), 0);
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), 0);
+    talk_lines(stream);
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_EOF);
+    service_close(&here);
+}
+
+/* ---- streams: memory ------------------------------------------------------------------------- */
+
+static size_t served;
+
+static int count_served(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    served++;
+    return echo_with_callbacks(stream, peer, user);
+}
+
+/* Both ends live here: a client's engine is 400 bytes smaller than a server's. */
+static void an_idle_connection_holds_at_most_six_kilobytes(void) {
+    enum { CROWD = 100 };
+    tcpsrv_stream *streams[CROWD];
+    service here;
+    int64_t before, each;
+    int i;
+    service_open(&here, NULL, count_served);
+    streams[0] = dial(&here, here.client_tls);
+    talk_lines(streams[0]);
+    before = test_live_bytes;
+    for (i = 1; i < CROWD; i++) {
+        streams[i] = dial(&here, here.client_tls);
+        talk_lines(streams[i]);
+    }
+    CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 0), 0);
+    each = (test_live_bytes - before) / (2 * (CROWD - 1));
+    if (each > 6144) printf("    %d bytes each\n", (int)each);
+    CHECK(each <= 6144);
+    for (i = 0; i < CROWD; i++) {
+        talk_lines(streams[i]);
+        tcpsrv_close(streams[i]);
+    }
+    service_close(&here);
+}
+
+/* From the first byte to the last, each allocation fails once: the connection may end, and nothing
+   else happens; when none fails any more it works. */
+static void every_failing_allocation_of_a_connection_is_survived(void) {
+    int64_t n, left = 0;
+    service here;
+    service_open(&here, echo_lines, NULL);
+    for (n = 1; left <= 0; n++) {
+        tcpsrv_connect_options options;
+        tcpsrv_stream *stream;
+        tcpsrv_bytes got;
+        int err = -ENOMEM;
+        CHECK(n < 500);
+        memset(&options, 0, sizeof options);
+        options.host = "127.0.0.1";
+        options.port = here.port;
+        options.timeout_ms = 10000;
+        options.tls = here.client_tls;
+        handlers_done = 0;
+        test_fail_alloc_at = n;
+        stream = tcpsrv_connect(tcpsrv_loop_default(), &options);
+        if (stream) err = tcpsrv_write(stream, "line\n", 5);
+        if (!err) err = tcpsrv_read_until(stream, "\n", 0, &got);
+        left = test_fail_alloc_at;
+        test_fail_alloc_at = 0;
+        if (left > 0) CHECK_INT(err, 0);
+        if (stream) tcpsrv_abort(stream);
+        tcpsrv_loop_poll(tcpsrv_loop_default(), 0);
+    }
+    CHECK(n > 10);
+    service_close(&here);
+}
+
+/* Two children of one process, forked after the configuration was made: their randomness is their
+   own. */
+static void forked_processes_have_randomness_of_their_own(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls(NULL);
+    unsigned char randoms[2][32];
+    unsigned char hello[2048];
+    size_t size = hello_of(client, "localhost", hello);
+    int i;
+    for (i = 0; i < 2; i++) {
+        int fds[2], status;
+        pid_t pid;
+        CHECK_INT(pipe(fds), 0);
+        pid = fork();
+        if (pid == 0) {
+            tcpsrv__engine *engine = engine_new(server, 0, NULL);
+            const unsigned char *out;
+            size_t n;
+            tcpsrv__engine_wake(engine);
+            tcpsrv__engine_feed(engine, hello, size);
+            out = tcpsrv__engine_peek(engine, &n);
+            _exit(!out || n < 43 || write(fds[1], out + 11, 32) != 32);
+        }
+        CHECK_INT(waitpid(pid, &status, 0), pid);
+        CHECK_INT(status, 0);
+        CHECK_INT(read(fds[0], randoms[i], 32), 32);
+        close(fds[0]);
+        close(fds[1]);
+    }
+    CHECK(memcmp(randoms[0], randoms[1], 32) != 0);
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(server);
+    tcpsrv_tls_free(client);
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(every_bad_file_is_named_with_what_is_wrong),
@@ -1053,6 +1823,30 @@ int main(int argc, char **argv) {
         TEST(a_tampered_record_is_refused),
         TEST(mutated_hellos_crash_nothing),
         TEST(every_failing_allocation_of_a_handshake_is_survived),
+        TEST(a_handler_echoes_over_tls),
+        TEST(callbacks_echo_over_tls),
+        TEST(every_read_value_works_over_tls),
+        TEST(a_large_write_arrives_whole_and_its_last_byte_too),
+        TEST(a_large_upload_arrives_whole),
+        TEST(a_file_goes_encrypted),
+        TEST(a_handler_begins_before_the_handshake_and_learns_who_is_there),
+        TEST(a_close_before_the_handshake_sends_nothing),
+        TEST(a_plain_client_ends_its_stream_and_is_logged_with_its_address),
+        TEST(a_silent_client_is_dropped_at_the_handshake_timeout),
+        TEST(a_server_that_is_not_trusted_fails_the_clients_first_read),
+        TEST(a_host_name_is_needed_to_verify),
+        TEST(new_certificates_serve_new_connections_and_old_ones_go_on),
+        TEST(handshakes_are_rationed),
+        TEST(an_end_without_close_notify_is_told_from_a_whole_one),
+        TEST(a_close_with_unread_plaintext_ends_and_its_answer_arrives),
+        TEST(a_peer_that_takes_nothing_ends_a_write_at_its_timeout),
+        TEST(a_read_timeout_leaves_its_bytes_and_the_stream),
+        TEST(both_sides_go_on_in_tls),
+        TEST(start_tls_refuses_plain_data_that_came_before_it),
+        TEST(a_proxy_header_comes_before_tls),
+        TEST(an_idle_connection_holds_at_most_six_kilobytes),
+        TEST(every_failing_allocation_of_a_connection_is_survived),
+        TEST(forked_processes_have_randomness_of_their_own),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
