@@ -4,6 +4,7 @@
 # make bench-count  instructions and system calls a request, exact (valgrind, strace, Linux)
 # make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
 #                 from FROM=n on; POLLER=epoll, kqueue or poll (all three where many are run)
+# make certs      a key and a certificate for the TLS examples, into build
 # make examples, make lint, make install, make clean
 
 CC = cc
@@ -20,6 +21,19 @@ COMPILE = $(CC) -std=c99 $(WARN) $(CFLAGS) $(SANITIZE)
 
 UNITS = $(patsubst tests/%.c,$(BUILD)/%,$(sort $(wildcard tests/test_*.c)))
 EXAMPLES = $(patsubst examples/%.c,$(BUILD)/examples/%,$(sort $(wildcard examples/*.c)))
+
+# TLS needs BearSSL (Debian: libbearssl-dev); without it what needs TLS is left out.
+BEARSSL := $(shell echo '\#include <bearssl.h>' | $(CC) -E - >/dev/null 2>&1 && echo yes)
+TLS_EXAMPLES = $(BUILD)/examples/tls_echo $(BUILD)/examples/https
+TLS_UNITS = $(BUILD)/test_tls $(BUILD)/poll/test_tls
+ifeq ($(BEARSSL),yes)
+$(TLS_EXAMPLES): LIBS = -lbearssl
+$(TLS_UNITS): LIBS = -DTEST_HAS_BEARSSL -DTEST_CERTIFICATES='"$(abspath $(BUILD))/certificates"' \
+                     -lbearssl
+$(TLS_UNITS): | $(BUILD)/certificates
+else
+EXAMPLES := $(filter-out $(TLS_EXAMPLES),$(EXAMPLES))
+endif
 
 # The same claims hold for the poller that systems without a better one get.
 ifeq ($(shell uname -s),Linux)
@@ -49,16 +63,31 @@ examples: $(EXAMPLES)
 
 $(BUILD)/examples/%: examples/%.c tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)/examples
-	$(COMPILE) $< -o $@
+	$(COMPILE) $< -o $@ $(LIBS)
 
 $(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) tcpserver.h $(BUILD)/flags
 	@rm -f $@
-	$(COMPILE) -pthread $< -o $@
+	$(COMPILE) -pthread $< -o $@ $(LIBS)
 
 $(BUILD)/poll/test_%: tests/test_%.c $(wildcard tests/*.h) tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)/poll
 	@rm -f $@
-	$(COMPILE) -DTCPSERVER_USE_POLL -pthread $< -o $@
+	$(COMPILE) -DTCPSERVER_USE_POLL -pthread $< -o $@ $(LIBS)
+
+# Without openssl the directory is empty, and the tests that need it skip.
+$(BUILD)/certificates: tests/tools/certs.sh
+	@mkdir -p $(BUILD)
+	-@sh tests/tools/certs.sh $@.new || mkdir -p $@.new
+	@rm -rf $@ && mv $@.new $@ && touch $@
+
+# A certificate for this machine that nobody vouches for, for the examples.
+certs: $(BUILD)/certificate.pem
+
+$(BUILD)/certificate.pem:
+	@mkdir -p $(BUILD)
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 365 \
+	    -subj /CN=localhost -addext 'subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1' \
+	    -addext extendedKeyUsage=serverAuth -keyout $(BUILD)/key.pem -out $@
 
 $(BUILD)/sim_%: $(SIM_SOURCES) tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)
@@ -122,4 +151,4 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run examples programs unit sim test bench-count lint install clean FORCE
+.PHONY: all run certs examples programs unit sim test bench-count lint install clean FORCE

@@ -81,6 +81,7 @@
  * SWITCHES (define before the include that has the implementation)
  *   TCPSERVER_IMPLEMENTATION   compile the implementation here
  *   TCPSERVER_STATIC           as a private copy of this file: everything static
+ *   TCPSERVER_TLS              with TLS, in every file that includes this; link with -lbearssl
  *   TCPSERVER_NO_COROUTINES    leave out coroutines, handle_stream and the waiting calls' parking
  *   TCPSERVER_USE_EPOLL, TCPSERVER_USE_KQUEUE, TCPSERVER_USE_POLL   instead of the system's best
  *   TCPSERVER_REALLOC(ptr, size)   realloc's contract, also among threads; size 0 frees, and its
@@ -318,7 +319,7 @@ TCPSRV_API tcpsrv_want tcpsrv_until_close(size_t max);
    more than size (it is then not asked again until that much is there), 0 for not yet, negative to
    end the read with TCPSRV_EREFUSED. */
 TCPSRV_API tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max);
-/* No bytes: until the stream is connected. */
+/* No bytes: until the stream is connected, and its TLS handshake over. */
 TCPSRV_API tcpsrv_want tcpsrv_ready(void);
 
 /* Reads with a callback: fn(stream, err, bytes, arg) exactly once, never before this returns. One
@@ -366,7 +367,8 @@ typedef void tcpsrv_flush_fn(tcpsrv_stream *stream, int err, void *arg);
 TCPSRV_API int tcpsrv_flush(tcpsrv_stream *stream);
 TCPSRV_API int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void *arg);
 
-/* Ends the sending side once all is flushed; reading goes on. Later writes: TCPSRV_ECLOSED. */
+/* Ends the sending side once all is flushed; reading goes on. Later writes: TCPSRV_ECLOSED. Over
+   TLS -ENOTSUP: TLS 1.2 has no half-close. */
 TCPSRV_API int tcpsrv_shutdown(tcpsrv_stream *stream);
 
 /* Ends the stream; never waits, never calls back before it returns. Then, from the loop: requests
@@ -612,7 +614,7 @@ typedef struct tcpsrv_certificate {
 enum { TCPSRV_TLS_NONE, TCPSRV_TLS_OPTIONAL, TCPSRV_TLS_REQUIRED }; /* client certificates */
 
 typedef struct tcpsrv_tls_options {
-    const tcpsrv_certificate *certificates; /* a server's, the first is the default; or a client's */
+    const tcpsrv_certificate *certificates; /* a server's, first the default; or a client's */
     size_t certificate_count;
     const char *ca_file;          /* whom to trust, PEM. NULL on a client: the system's bundle */
     const char *ca_pem;           /* instead of the file */
@@ -631,7 +633,7 @@ typedef struct tcpsrv_tls_options {
    tcpsrv_last_error() says which file and what is wrong with it. May be used by several threads. */
 TCPSRV_API tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options);
 
-/* Connections and servers that use it keep it as long as they need it. Keys are wiped at its end. */
+/* Connections and servers that use it keep it as long as they need it. Its end wipes the keys. */
 TCPSRV_API void tcpsrv_tls_free(tcpsrv_tls *tls);
 
 /* New certificates for the connections that are accepted from now on; the open ones keep theirs.
@@ -658,7 +660,7 @@ typedef struct tcpsrv_tls_info {
     const char *server_name;      /* that the client asked for; "": none */
     int resumed;                  /* the client went on with a session */
     int has_peer;                 /* the peer has shown a certificate, */
-    int verified;                 /* and an authority vouched for it, now or when the session began */
+    int verified;                 /* and an authority vouched for it, now or for the session */
     const char *peer_name;        /* common name of its subject, "" */
     const char *peer_dns;         /* its first DNS name, "" */
     unsigned char peer_sha256[32]; /* of the certificate */
@@ -4374,7 +4376,7 @@ typedef struct tcpsrv__owner {
     int draining;                   /* 2: also what has not had a message yet */
     tcpsrv_stats stats;
     void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
-    void (*not_ready)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int code); /* it died so */
+    void (*not_ready)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int code); /* died so */
 } tcpsrv__owner;
 
 typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
@@ -6943,7 +6945,7 @@ static TCPSRV__COLD size_t tcpsrv__session_room(const tcpsrv_tls_options *option
 
 TCPSRV_IMPL tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options) {
     tcpsrv_tls *tls = (tcpsrv_tls *)tcpsrv__alloc(sizeof *tls);
-    unsigned ttl_s = options->session_ttl_s ? options->session_ttl_s : TCPSRV__SESSION_TTL_S;
+    uint64_t ttl_s = options->session_ttl_s;
     if (!tls || pthread_mutex_init(&tls->lock, NULL) != 0) {
         tcpsrv__free(tls);
         tcpsrv__fail(-ENOMEM, "tls_new", NULL);
@@ -6951,7 +6953,7 @@ TCPSRV_IMPL tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options) {
     }
     tls->refs = 1;
     tls->session_count = tcpsrv__session_room(options);
-    tls->session_ttl_ns = (uint64_t)ttl_s * 1000000000u;
+    tls->session_ttl_ns = (ttl_s ? ttl_s : (uint64_t)TCPSRV__SESSION_TTL_S) * 1000000000u;
     tls->client_certificates = options->client_certificates;
     tls->no_verify = options->no_verify;
     tls->on_sni = options->on_sni;
@@ -7687,20 +7689,21 @@ static size_t tcpsrv__engine_push(tcpsrv__engine *engine, const unsigned char *d
     return taken;
 }
 
-/* The first record is whole: reads it, and lets the engine begin with it. */
+/* The first record is whole: reads it, and lets the engine begin with it. BearSSL 0.6 reads outside
+   its list of protocols when it resumes a session for a client that offers none of them, or two
+   lists: such a client gets no session. */
 static TCPSRV__COLD int tcpsrv__engine_begin(tcpsrv__engine *engine) {
     unsigned char *first = engine->first;
     tcpsrv__hello hello;
     char name[256] = "";
-    int err = 0;
+    int err = 0, resumable;
     tcpsrv__hello_read(engine->tls, first, engine->first_size, &hello);
     if (hello.version < 0x0303 || !hello.knows_tls12) return TCPSRV_ETLS_VERSION;
     if (hello.name.at) tcpsrv__span_text(&hello.name, name, sizeof name);
     tcpsrv__session_name(engine, name);
     if (hello.whole) err = tcpsrv__engine_ask_name(engine, name[0] ? name : NULL);
-    if (!err)
-        err = tcpsrv__engine_start(engine, NULL, hello.whole &&
-                                   (!engine->tls->alpn_count || hello.alpn != TCPSRV__ALPN_FOREIGN));
+    resumable = hello.whole && (!engine->tls->alpn_count || hello.alpn != TCPSRV__ALPN_FOREIGN);
+    if (!err) err = tcpsrv__engine_start(engine, NULL, resumable);
     if (err) return err;
     engine->first = NULL;
     tcpsrv__engine_push(engine, first, engine->first_size);

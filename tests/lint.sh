@@ -69,9 +69,8 @@ system_calls() {
 }
 
 sections_in_order() {
-    for tag in api platform poller loop coroutine buffer stream waiting sockets server process; do
-        echo "$tag"
-    done >"$tmp/wanted"
+    tags='api platform poller loop coroutine buffer stream waiting tls sockets server process'
+    for tag in $tags; do echo "$tag"; done >"$tmp/wanted"
     sed -n 's|^/\* ==== >>\([a-z]*\) =.*|\1|p' $header >"$tmp/there"
     sed -n 's|^ \*   >>\([a-z]*\) .*|\1|p' $header >"$tmp/table"
     diff "$tmp/wanted" "$tmp/there" && diff "$tmp/wanted" "$tmp/table"

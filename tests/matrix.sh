@@ -83,6 +83,22 @@ int other(void) {
 }
 END
 
+cat >"$tmp/src/tls.c" <<'END'
+#include "tcpserver.h"
+#include <string.h>
+int main(void) {
+    tcpsrv_tls_options options;
+    tcpsrv_certificate pair;
+    memset(&options, 0, sizeof options);
+    memset(&pair, 0, sizeof pair);
+    pair.certificate_file = "nofile.pem";
+    options.certificates = &pair;
+    options.certificate_count = 1;
+    if (tcpsrv_tls_new(&options)) return 1;
+    return strcmp(tcpsrv_last_error(), "nofile.pem: No such file or directory") != 0;
+}
+END
+
 cat >"$tmp/src/late.c" <<'END'
 #include <stdio.h>
 #include <string.h>
@@ -242,8 +258,9 @@ two_static_copies() { # compiler, flags
     "$o/program"
 }
 
-public_functions() {
-    sed -n 's/^TCPSRV_API [^(]*[ *]\(tcpsrv_[a-z0-9_]*\)(.*/\1/p' tcpserver.h | sort
+public_functions() { # those of TLS are there with it alone
+    sed "${1:-/^#ifdef TCPSERVER_TLS/,/^#endif/d}" tcpserver.h |
+        sed -n 's/^TCPSRV_API [^(]*[ *]\(tcpsrv_[a-z0-9_]*\)(.*/\1/p' | sort
 }
 
 exported_symbols() { # compiler, flags
@@ -255,6 +272,32 @@ exported_symbols() { # compiler, flags
     public_functions >"$o/public"
     [ "$(wc -l <"$o/public")" -gt 50 ]
     diff "$o/public" "$o/exported"
+}
+
+need_bearssl() { # compiler
+    echo '#include <bearssl.h>' | "$@" -E - >/dev/null 2>&1 || skip "no bearssl.h"
+}
+
+tls_units() { # compiler of C, compiler of the implementation, flags
+    cc=$1 compiler=$2
+    shift 2
+    need "$cc" "${compiler%% *}"
+    need_bearssl "$cc"
+    $compiler "$@" $strict -DTCPSERVER_TLS -I "$tmp/src" -c "$tmp/src/impl.c" -o "$o/impl.o"
+    $compiler "$@" $strict -DTCPSERVER_TLS -I "$tmp/src" -c "$tmp/src/tls.c" -o "$o/tls.o"
+    "${compiler%% *}" "$o/tls.o" "$o/impl.o" -o "$o/program" -lbearssl
+    "$o/program"
+}
+
+tls_symbols() { # compiler, flags
+    cc=$1
+    shift
+    need "$cc" nm
+    need_bearssl "$cc"
+    $cc -O2 -fPIC -DTCPSERVER_TLS "$@" -I "$tmp/src" "$tmp/src/impl.c" -shared \
+        -o "$o/library.so" -lbearssl
+    nm -D --defined-only "$o/library.so" | awk '{ print $3 }' | sort >"$o/exported"
+    public_functions n | diff - "$o/exported"
 }
 
 global_symbols_of_the_object() {
@@ -280,6 +323,7 @@ mac() { # target: every example and the loop's tests link; nothing can run
     need "$ZIG"
     for source in examples/*.c tests/test_loop.c tests/test_coroutine.c; do
         echo "$source"
+        ! grep -q '^#define TCPSERVER_TLS' "$source" || continue
         "$ZIG" cc -target "$1" -std=c99 -Wall -Wextra -Wpedantic -Werror \
             -Wno-newline-eof "$source" -o "$o/program"
     done
@@ -318,11 +362,13 @@ example() { # by the compile line of its own first comment, and strictly
     line=$(sed -n '1,/\*\//s/^[ *\/]*\(cc .*\)$/\1/p' "$1" |
         sed 's/ && .*//; s/ *\*\/.*//; s/ *;.*//' | head -n 1)
     [ -n "$line" ] || { echo "no compile line in the first comment"; return 1; }
+    library=
+    case $line in *-lbearssl*) need_bearssl "$CC" && library=-lbearssl ;; esac
     case $line in *examples/*) cd "$o" ;; *) cd "$o/examples" ;; esac
     echo "$line"
     eval "$CC ${line#cc }"
     cd "$root"
-    $CC -std=c99 $strict_c "$1" -o "$o/program"
+    $CC -std=c99 $strict_c "$1" -o "$o/program" $library
 }
 
 snippet() { # a C block of the README: a program, a unit, or statements inside a function
@@ -339,6 +385,10 @@ snippet() { # a C block of the README: a program, a unit, or statements inside a
     } >>"$o/function.c"
     flags='-std=c99 -Wall -Wextra -Wno-unused-variable -Wno-unused-function'
     flags="$flags -Wno-unused-but-set-variable -Werror"
+    if grep -q 'tcpsrv_tls' "$1"; then
+        need_bearssl "$CC"
+        flags="$flags -DTCPSERVER_TLS"
+    fi
     if grep -q 'int main(' "$1"; then
         $CC $flags -I "$tmp/src" "$o/unit.c" -o "$o/program"
     elif ! $CC $flags -I "$tmp/src" -c "$o/unit.c" -o "$o/unit.o"; then
@@ -408,6 +458,17 @@ rows() {
     row "gcc: exported symbols" exported_symbols "$GCC"
     row "gcc: exported symbols, -flto" exported_symbols "$GCC" -flto
     row "clang: exported symbols" exported_symbols "$CLANG"
+    row "gcc: TLS, c99" tls_units "$GCC" "$GCC" -std=c99 -Wstrict-prototypes
+    row "gcc: TLS, c17, -O3" tls_units "$GCC" "$GCC" -std=c17 -O3
+    row "gcc: TLS, poll, no coroutines" tls_units "$GCC" "$GCC" -std=c99 \
+        -DTCPSERVER_USE_POLL -DTCPSERVER_NO_COROUTINES
+    row "clang: TLS, c99" tls_units "$CLANG" "$CLANG" -std=c99
+    row "tcc: TLS" tls_units "$TCC" "$TCC"
+    row "g++: TLS, c++11" tls_units "$GCC" "$GXX -x c++" -std=c++11
+    row "g++: TLS, c++20" tls_units "$GCC" "$GXX -x c++" -std=c++20
+    row "clang++: TLS, c++11" tls_units "$CLANG" "$CLANGXX -x c++" -std=c++11
+    row "gcc: TLS, exported symbols" tls_symbols "$GCC"
+    row "clang: TLS, exported symbols" tls_symbols "$CLANG"
     row "gcc: global symbols of the object, static and not" global_symbols_of_the_object
     row "macros bear the prefix" prefixed_macros
     row "gcc: no coroutines" build_and_run "$GCC" plain.c -std=c99 $strict_c

@@ -124,9 +124,9 @@ static void every_bad_file_is_named_with_what_is_wrong(void) {
             "(RSA and EC P-256, P-384 and P-521 work)");
     refused("rsa1024.pem", "rsa1024.key", "@/rsa1024.pem: RSA key of 1024 bits; 2048 to 4096 work");
     refused("rsa4224.pem", "rsa4224.key", "@/rsa4224.pem: RSA key of 4224 bits; 2048 to 4096 work");
-    refused("disorder.pem", "middle.key", "@/disorder.pem: certificate 2 (deep.test) does not vouch "
-            "for the one before it (Middle authority); the server's own comes first, then its "
-            "issuers");
+    refused("disorder.pem", "middle.key", "@/disorder.pem: certificate 2 (deep.test) does not "
+            "vouch for the one before it (Middle authority); the server's own comes first, then "
+            "its issuers");
     refused("hello.pem", NULL, "@/hello.pem: certificate 1 is none");
 }
 
