@@ -1,5 +1,6 @@
 /* The echo server on all cores: bind, then start(n). The parent only supervises: a worker that
- * crashes is restarted under its old number, and SIGTERM to the parent ends them all in order.
+ * crashes is restarted under its old number, SIGHUP to the parent replaces them one by one, SIGUSR1
+ * makes it tell their counters, and SIGTERM ends them all in order.
  *
  *     cc examples/prefork.c -o prefork
  *     ./prefork & printf 'hello\n' | nc -N 127.0.0.1 8888
@@ -29,7 +30,7 @@ static int fail(void) {
 }
 
 int main(int argc, char **argv) {
-    tcpsrv_options options = { .handle_stream = echo };
+    tcpsrv_options options = { .handle_stream = echo, .reload_on_hup = 1 };
     tcpsrv *server = tcpsrv_new(&options);
     int port = argc > 1 ? atoi(argv[1]) : 8888, workers = argc > 2 ? atoi(argv[2]) : 0;
     if (!server || tcpsrv_bind(server, port, "127.0.0.1", NULL) != 0) return fail();

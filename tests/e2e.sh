@@ -139,7 +139,7 @@ refused() { # EXPECTED-PART COMMAND...: ends with 1 and says why
 
 bad_input_is_refused() {
     serve "$bin/echo" 0
-    for one in echo echo_callbacks chat redis prefork sockets http service; do
+    for one in echo echo_callbacks chat redis prefork sockets http service upgrade; do
         refused 70000 "$bin/$one" 70000
         refused "$port: Address already in use" "$bin/$one" "$port"
     done
@@ -471,6 +471,89 @@ sigterm_lets_a_request_finish() {
     wait_for 10 is_gone "$parent" || fail "the parent stays"
 }
 
+visitors_come() { # four of them, until visitors_end
+    mkfifo hold
+    exec 3<>hold
+    "$bin/visits" "$port" 4 <hold >visits 2>&1 3>&- &
+    visitors=$!
+    pids="$pids $visitors"
+}
+
+visitors_end() {
+    exec 3>&-
+    wait "$visitors" || fail "a visit failed: $(cat visits)"
+    echo "$(sed -n 's/^visits //p' visits) visits" >note
+}
+
+is_another() { [ -n "$(worker "$1")" ] && [ "$(worker "$1")" != "$2" ]; }
+
+sighup_replaces_the_workers() {
+    starts_two prefork
+    visitors_come
+    for round in 1 2; do
+        first=$(worker 0) second=$(worker 1)
+        kill -HUP "$pid"
+        wait_for 10 is_another 0 "$first" && wait_for 10 is_another 1 "$second" ||
+            fail "not all are replaced"
+        pids="$pids $(worker 0) $(worker 1)"
+        wait_for 10 is_gone "$first" && wait_for 10 is_gone "$second" || fail "old workers stay"
+    done
+    visitors_end
+}
+
+runs_alone() { # under which parent does that worker run; 0: it is gone
+    case $1 in -1) worker -1 ;; *) ps -o ppid= -p "$(worker "$1")" | tr -d ' ' ;; esac
+}
+
+changes_itself_twice() { # WORKERS
+    case $1 in 1) task=-1 ;; *) task=0 ;; esac
+    serve "$bin/upgrade" 0 "$1"
+    wait_for 5 is_another "$task" "" || fail "no worker"
+    visitors_come
+    old=$pid
+    for round in 1 2; do
+        before=$(worker "$task")
+        kill -USR2 "$old"
+        wait_for 10 is_another "$task" "$before" || fail "no successor"
+        fresh=$(runs_alone "$task")
+        pids="$pids $fresh $(worker "$task")"
+        wait_for 10 is_gone "$old" || fail "the old one stays"
+        old=$fresh
+    done
+    sleep 0.3
+    visitors_end
+    answers_hello || fail "no service afterwards"
+    kill "$old" && wait_for 10 is_gone "$old" || fail "the last one stays"
+}
+
+# Each connection stays; what the least and the most of four workers have.
+shared_out() { # CONNECTIONS PAUSE_MS
+    "$bin/share" "$port" "$1" "$2" >answers || fail "a client failed"
+    awk -v all="$1" '{ if ($3 > most) most = $3; if (NR == 1 || $3 < least) least = $3; sum += $3 }
+        END { print least " to " most; exit !(sum == all && most <= all / 2) }' answers >note ||
+        fail "$(cat answers)"
+}
+
+workers_share() {
+    serve "$bin/sockets" 0 4
+    shared_out 1000 0
+}
+
+one_connection_wakes_one_worker() {
+    need strace
+    strace -c -o /dev/null true 2>/dev/null || { echo "strace may not trace here" && exit 77; }
+    serve strace -D -f -c -o trace "$bin/sockets" 0 4
+    shared_out 500 3
+    kill "$pid"
+    wait_for 10 grep -q total trace || fail "strace says nothing"
+    accepts=$(calls accept4)
+    waits=$(calls epoll_wait epoll_pwait epoll_pwait2)
+    echo "$accepts accepts, $waits waits for 500 connections" >note
+    [ "$waits" -gt 0 ] || { echo "not epoll" && exit 77; }
+    [ "$accepts" -le 550 ] || fail "$accepts accepts"
+    [ "$waits" -le 1200 ] || fail "$waits waits"
+}
+
 workers_end_with_a_killed_parent() { # PROGRAM
     starts_two "$1"
     first=$(worker 0) second=$(worker 1)
@@ -604,14 +687,15 @@ idle_clients_end_at_sigterm() {
 
 # ---- the table -----------------------------------------------------------------------------------
 
-for example in client echo echo_callbacks prefork sockets chat redis http service; do
+for example in client echo echo_callbacks prefork sockets chat redis http service upgrade; do
     row "$example: its own compile line works" compiles_by_its_comment $example
 done
-for tool in crowd flood pass; do row "tools: $tool compiles" builds_tool $tool; done
+for tool in crowd flood pass share visits; do row "tools: $tool compiles" builds_tool $tool; done
 
 row "echo: answers" answers echo 'hello\n\nworld\n' 'hello\n\nworld\n'
 row "echo_callbacks: answers" answers echo_callbacks 'hello\n\nworld\n' 'hello\n\nworld\n'
 row "prefork: answers" answers prefork 'hello\n' 'hello\n'
+row "upgrade: answers" answers upgrade 'hello\n' 'hello\n'
 row "sockets: answers" answers_like sockets '^task [0-9]*: hello$'
 row "redis: answers" answers redis 'PING\r\n' '+PONG\r\n'
 row "chat: answers" answers_like chat '^127\.0\.0\.1:[0-9]*: hello$'
@@ -653,6 +737,12 @@ for program in prefork sockets; do
     row "$program: workers end with a killed parent" workers_end_with_a_killed_parent $program
 done
 row "prefork: SIGTERM lets a request finish" sigterm_lets_a_request_finish
+row "prefork: SIGHUP replaces the workers twice under load, no visit fails" \
+    sighup_replaces_the_workers
+row "upgrade: one process changes itself twice under load, no visit fails" changes_itself_twice 1
+row "upgrade: two workers do, no visit fails" changes_itself_twice 2
+row "sockets: of 1,000 connections no worker has more than twice its share" workers_share
+row "sockets: a connection wakes one worker" one_connection_wakes_one_worker
 
 row "a server and its clients live in GLib's main loop" lives_in_glibs_main_loop
 row "service: behind haproxy with send-proxy" behind_haproxy send-proxy

@@ -1,7 +1,8 @@
 /* Clients that come and go: each connects, has a line echoed, closes, and begins again.
  *
- * visits PORT CLIENTS: until the standard input ends. Says how many visits there were. One that is
- * refused, reset or answered with other bytes ends the program with 1 and its reason.
+ * visits PORT CLIENTS: until the standard input ends. Every other client thinks for 20 ms before it
+ * speaks. Says how many visits there were. One that is refused, reset or answered with other bytes
+ * ends the program with 1 and its reason.
  */
 #include "tool.h"
 #include <signal.h>
@@ -17,6 +18,7 @@ static void visit(int port, long client, long number) {
     char line[64];
     size_t size = (size_t)snprintf(line, sizeof line, "%ld %ld\n", client, number);
     int fd = tool_connect(port);
+    if (client % 2) usleep(20000);
     tool_send(fd, line, size);
     tool_expect(fd, line, size);
     close(fd);
