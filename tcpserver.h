@@ -75,8 +75,9 @@
  *              long computation, tcpsrv_flush.
  *   Memory     Everything comes from TCPSERVER_REALLOC, coroutine stacks from mmap. Out of memory
  *              is -ENOMEM returned, or one connection dropped with a log line.
- *   Signals    No handler is installed unless tcpsrv_on_signal or tcpsrv_fork_processes asked for
- *              it. SIGPIPE never reaches the program.
+ *   Signals    No handler is installed unless tcpsrv_on_signal, tcpsrv_drain_on_signal, an option
+ *              named ..._on_... or tcpsrv_fork_processes asked for it. SIGPIPE never reaches the
+ *              program.
  *
  * SWITCHES (define before the include that has the implementation)
  *   TCPSERVER_IMPLEMENTATION   compile the implementation here
@@ -100,7 +101,7 @@
  *   >>tls         TLS as a second transport, over BearSSL; absent unless TCPSERVER_TLS
  *   >>sockets     addresses, listening sockets, connecting
  *   >>server      accepting, limits, stop, drain
- *   >>process     forking and supervising
+ *   >>process     forking, supervising, replacing workers, handing over to a successor
  *
  * MIT licence, see the end of the file.
  */
@@ -4943,7 +4944,7 @@ static int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *byt
 static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
     for (;;) {
         if (tcpsrv__read_match(stream, err, bytes)) {
-            stream->spoke = 1;
+            if (stream->want_kind != TCPSRV__WANT_READY) stream->spoke = 1;
             return 1;
         }
         *err = tcpsrv__read_end(stream);
