@@ -3177,15 +3177,13 @@ static TCPSRV__COLD void tcpsrv__job_cancel(tcpsrv_loop *loop, tcpsrv__job *job)
     if (at) tcpsrv__free(job);
 }
 
-/* The loop is being freed: what helpers still work on is theirs to free. */
+/* The loop is being freed: what helpers still have to do is theirs to free. */
 static TCPSRV__COLD void tcpsrv__helpers_leave(tcpsrv_loop *loop) {
     tcpsrv__helpers *helpers = loop->helpers;
-    tcpsrv__job *job;
     int last;
     if (!helpers) return;
     pthread_mutex_lock(&helpers->lock);
     helpers->loop = NULL;
-    while ((job = tcpsrv__job_take(helpers)) != NULL) tcpsrv__free(job);
     last = helpers->threads == 0;
     pthread_mutex_unlock(&helpers->lock);
     if (last) tcpsrv__helpers_free(helpers);

@@ -55,7 +55,9 @@ TEST_PRIVATE int test_connect(int fd, const struct sockaddr *name, socklen_t siz
 /* ---- the resolver ---------------------------------------------------------------------------- */
 
 static const char *answer;      /* "4a 6c": an IPv4 and an IPv6 address */
-static int answer_code, gate[2] = { -1, -1 }; /* with a gate each lookup waits for a byte */
+static int answer_code;
+static int gate[2] = { -1, -1 }, entered[2]; /* with a gate each lookup says that it has begun, and
+                                                waits for a byte */
 static int lookups, threads_made, threads_refused;
 static int ended[2];            /* a byte for each thread that has ended */
 static pthread_mutex_t lookups_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -85,6 +87,7 @@ TEST_PRIVATE int test_getaddrinfo(const char *host, const char *port, const stru
     pthread_mutex_lock(&lookups_lock);
     lookups++;
     pthread_mutex_unlock(&lookups_lock);
+    if (gate[0] >= 0 && write(entered[1], "", 1) != 1) abort();
     if (gate[0] >= 0 && read(gate[0], &byte, 1) != 1) abort();
     if (answer_code) return answer_code;
     for (at = answer; *at; at += at[2] ? 3 : 2) {
@@ -216,8 +219,8 @@ static void finish(void) {
         if (far_end[i]) close(far_end[i]);
     close(ended[0]);
     close(ended[1]);
-    if (gate[0] >= 0) close(gate[0]);
-    if (gate[0] >= 0) close(gate[1]);
+    if (gate[0] < 0) return;
+    close(gate[0]), close(gate[1]), close(entered[0]), close(entered[1]);
 }
 
 /* ---- the order of addresses ------------------------------------------------------------------ */
@@ -254,6 +257,11 @@ static void a_family_can_be_asked_for(void) {
 
 static void a_sources_family_is_the_only_one_tried(void) {
     options.source_host = "127.0.0.1";
+    begin();
+    start_at("6c 6d");
+    CHECK(strstr(outcome, "resolve name.example:80: ") == outcome);
+    finish();
+    threads_made = 0;
     all_refuse("6c 4a 6d 4b", "ab");
 }
 
@@ -324,6 +332,7 @@ static void when_nobody_is_left_the_delay_does_nothing(void) {
     begin();
     start_at("4a 4b");
     refuse('a');
+    CHECK_INT(tcpsrv_loop_timeout(loop), -1);
     pass(1000);
     CHECK_STR(tried, "ab");
     CHECK_STR(outcome, "");
@@ -492,6 +501,12 @@ static void a_win_before_the_deadline_closes_the_loser_only(void) {
 
 static void with_a_gate(void) {
     CHECK_INT(pipe(gate), 0);
+    CHECK_INT(pipe(entered), 0);
+}
+
+static void wait_entered(int n) {
+    char byte;
+    while (n-- > 0) CHECK_INT(read(entered[0], &byte, 1), 1);
 }
 
 static void open_gate(int n) {
@@ -504,6 +519,7 @@ static void the_deadline_covers_a_lookup_that_never_ends(void) {
     with_a_gate();
     begin();
     start();
+    wait_entered(1);
     pass(49);
     CHECK_STR(outcome, "");
     pass(1);
@@ -512,6 +528,24 @@ static void the_deadline_covers_a_lookup_that_never_ends(void) {
     wait_threads();
     turns(2);
     CHECK_STR(tried, "");
+    finish();
+}
+
+static void a_result_after_the_deadline_begins_nothing_on_a_dead_stream(void) {
+    options.timeout_ms = 50;
+    answer = "4a";
+    with_a_gate();
+    begin();
+    stream = tcpsrv_connect(loop, &options);
+    wait_entered(1);
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_ready(), NULL), TCPSRV_ETIMEDOUT);
+    CHECK_STR(tcpsrv_last_error(), "resolve name.example:80: timed out");
+    open_gate(1);
+    wait_threads();
+    turns(2);
+    CHECK_STR(tried, "");
+    CHECK_INT(tcpsrv_write(stream, "x", 1), TCPSRV_ETIMEDOUT);
+    tcpsrv_close(stream);
     finish();
 }
 
@@ -615,6 +649,7 @@ static void closing_while_a_name_is_looked_up_waits_for_nothing(void) {
     with_a_gate();
     begin();
     start();
+    wait_entered(1);
     tcpsrv_close(stream);
     turns(2);
     CHECK_STR(outcome, "closed");
@@ -630,6 +665,7 @@ static void aborting_while_a_name_is_looked_up_waits_for_nothing(void) {
     with_a_gate();
     begin();
     start();
+    wait_entered(1);
     tcpsrv_abort(stream);
     turns(2);
     open_gate(1);
@@ -645,6 +681,7 @@ static void a_loop_may_be_freed_while_names_are_looked_up(void) {
     with_a_gate();
     begin();
     for (i = 0; i < 20; i++) start(); /* more than there are threads */
+    wait_entered(TCPSRV__MAX_HELPERS);
     CHECK_INT(tcpsrv_loop_free(loop), 0);
     CHECK_STR(outcome, "cancelled");
     loop = tcpsrv_loop_default();
@@ -735,6 +772,7 @@ static void a_lookup_that_nobody_works_on_yet_is_never_begun_once_cancelled(void
     with_a_gate();
     begin();
     for (i = 0; i < TCPSRV__MAX_HELPERS; i++) start();
+    wait_entered(TCPSRV__MAX_HELPERS);
     last = tcpsrv_connect(loop, &options);
     CHECK(last != NULL);
     tcpsrv_abort(last);
@@ -801,18 +839,22 @@ static void without_a_thread_a_name_is_refused_at_once(void) {
     finish();
 }
 
-static void *block_signals_of(void *arg) {
-    (void)arg;
-    return NULL;
+static sigset_t helpers_mask;
+
+static void *note_mask(void *arg) {
+    pthread_sigmask(SIG_SETMASK, NULL, &helpers_mask);
+    return arg;
 }
 
 static void helpers_leave_signals_to_the_program(void) {
     sigset_t before, after;
     begin();
     pthread_sigmask(SIG_SETMASK, NULL, &before);
-    CHECK_INT(tcpsrv__sys_thread(block_signals_of, NULL), 0);
+    CHECK_INT(tcpsrv__sys_thread(note_mask, NULL), 0);
     pthread_sigmask(SIG_SETMASK, NULL, &after);
+    wait_threads();
     CHECK_INT(sigismember(&after, SIGTERM), sigismember(&before, SIGTERM));
+    CHECK(sigismember(&helpers_mask, SIGTERM) && sigismember(&helpers_mask, SIGCHLD));
     finish();
 }
 
@@ -837,6 +879,7 @@ static void a_fork_with_a_lookup_running_is_safe(void) {
     begin();
     virtual_ns = 0;
     start();
+    wait_entered(1);
     pid = fork();
     if (pid == 0) _exit(child_connects() != 0);
     CHECK_INT(waitpid(pid, &status, 0), pid);
@@ -1057,6 +1100,7 @@ int main(int argc, char **argv) {
         TEST(the_deadline_closes_all_that_are_under_way),
         TEST(a_win_before_the_deadline_closes_the_loser_only),
         TEST(the_deadline_covers_a_lookup_that_never_ends),
+        TEST(a_result_after_the_deadline_begins_nothing_on_a_dead_stream),
         TEST(the_loop_goes_on_while_a_name_is_looked_up),
         TEST(a_failed_lookup_is_told_with_the_name),
         TEST(a_name_without_usable_addresses_is_a_failure),
