@@ -137,6 +137,12 @@ refused() { # EXPECTED-PART COMMAND...: ends with 1 and says why
     contains "$part"
 }
 
+client_connects_by_name() {
+    serve "$bin/echo" 0
+    printf 'hello\n' | bounded 30 "$bin/client" localhost "$port" >answers || fail "no answer"
+    same client 'hello\n'
+}
+
 bad_input_is_refused() {
     serve "$bin/echo" 0
     for one in echo echo_callbacks chat redis prefork sockets http service upgrade; do
@@ -144,7 +150,7 @@ bad_input_is_refused() {
         refused "$port: Address already in use" "$bin/$one" "$port"
     done
     refused 'usage' "$bin/client"
-    refused 'no.such.host' "$bin/client" no.such.host "$port"
+    refused 'resolve no.such.host' "$bin/client" no.such.host "$port"
     refused '70000' "$bin/client" 127.0.0.1 70000
     end "$pid"
     refused 'Connection refused' "$bin/client" 127.0.0.1 "$port"
@@ -699,6 +705,7 @@ row "upgrade: answers" answers upgrade 'hello\n' 'hello\n'
 row "sockets: answers" answers_like sockets '^task [0-9]*: hello$'
 row "redis: answers" answers redis 'PING\r\n' '+PONG\r\n'
 row "chat: answers" answers_like chat '^127\.0\.0\.1:[0-9]*: hello$'
+row "client: connects by name" client_connects_by_name
 row "bad input ends with a message and exit status 1" bad_input_is_refused
 
 row "a half-closing nc gets its answers" nc_half_closes

@@ -969,6 +969,39 @@ static void a_refusing_port_is_an_error(void) {
     finish();
 }
 
+/* The kernel drops what a full backlog has no room for, and says nothing. */
+static void a_deadline_ends_a_connection_that_nobody_answers(void) {
+    int fds[8], n, listener = socket(AF_INET, SOCK_STREAM, 0);
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    uint64_t start_ns;
+    begin();
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK_INT(bind(listener, (struct sockaddr *)&address, size), 0);
+    CHECK_INT(listen(listener, 0), 0);
+    CHECK_INT(getsockname(listener, (struct sockaddr *)&address, &size), 0);
+    for (n = 0; n < 8; n++) {
+        fds[n] = socket(AF_INET, SOCK_STREAM, 0);
+        test_set_nonblocking(fds[n]);
+        if (connect(fds[n], (struct sockaddr *)&address, size) != 0) CHECK_INT(errno, EINPROGRESS);
+    }
+    virtual_ns = 0;
+    options.host = "127.0.0.1";
+    options.port = ntohs(address.sin_port);
+    options.timeout_ms = 100;
+    start_ns = test_ns();
+    stream = tcpsrv_connect(loop, &options);
+    CHECK_INT(tcpsrv_await(stream, tcpsrv_ready(), NULL), TCPSRV_ETIMEDOUT);
+    CHECK(strstr(tcpsrv_last_error(), ": timed out") != NULL);
+    CHECK(test_ns() - start_ns >= 100 * 1000000u);
+    tcpsrv_close(stream);
+    while (n > 0) close(fds[--n]);
+    close(listener);
+    finish();
+}
+
 static void a_source_address_is_bound_and_a_foreign_one_refused(void) {
     tcpsrv_address local;
     begin();
@@ -1125,6 +1158,7 @@ int main(int argc, char **argv) {
         TEST(ipv6_is_reached_by_address_and_by_name),
         TEST(a_server_on_all_families_is_reached_by_all),
         TEST(a_refusing_port_is_an_error),
+        TEST(a_deadline_ends_a_connection_that_nobody_answers),
         TEST(a_source_address_is_bound_and_a_foreign_one_refused),
         TEST(a_source_port_is_bound_and_a_used_one_refused),
         TEST(what_cannot_be_meant_is_refused_at_once),

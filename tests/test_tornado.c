@@ -967,7 +967,7 @@ static int listen_in_child(int port) {
     err = tcpsrv_bind(server, port, "127.0.0.1", &options);
     if (!err) err = tcpsrv_start(server, 1);
     turns(1);
-    tcpsrv_free(server);
+    end_server(server);
     return err;
 }
 
