@@ -10324,12 +10324,12 @@ static TCPSRV__COLD void tcpsrv__parent_gone(int fd, int events, void *arg) {
 
 /* A replacement serves: its loop turns. The parent may have lost its patience before. */
 static TCPSRV__COLD void tcpsrv__say_ready(void *arg) {
-    struct iovec byte;
+    struct iovec piece;
     (void)arg;
     if (tcpsrv__ready_fd < 0) return;
-    byte.iov_base = &tcpsrv__ready_fd;
-    byte.iov_len = 1;
-    tcpsrv__sys_writev(tcpsrv__ready_fd, &byte, 1);
+    piece.iov_base = &tcpsrv__ready_fd;
+    piece.iov_len = 1;
+    tcpsrv__sys_writev(tcpsrv__ready_fd, &piece, 1);
     tcpsrv__sys_close(tcpsrv__ready_fd);
     tcpsrv__ready_fd = -1;
 }
@@ -11203,12 +11203,13 @@ static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int le
 
 static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
                                             const char *format, ...) {
+    tcpsrv_log_fn *fn = family->log;
     char line[320];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (family->log) family->log(level, line, family->log_user);
+    if (fn) fn(level, line, family->log_user);
     else tcpsrv__log_default(level, line);
 }
 
@@ -11492,9 +11493,9 @@ static TCPSRV__COLD void tcpsrv__replacement_ended(tcpsrv__family *family, int s
 static TCPSRV__COLD void tcpsrv__reload_watch(tcpsrv__family *family) {
     tcpsrv__reload *reload = &family->reload;
     struct iovec piece;
-    char byte;
+    char said;
     long n = -EAGAIN;
-    piece.iov_base = &byte;
+    piece.iov_base = &said;
     piece.iov_len = 1;
     if (reload->ready_fd >= 0) n = tcpsrv__sys_readv(reload->ready_fd, &piece, 1);
     if (n == 0) {

@@ -1,5 +1,5 @@
-/* An echo server that changes its program while it runs and refuses nobody meanwhile: SIGUSR2 starts
- * the file that it was started from again, by now perhaps a new version. That takes over the
+/* An echo server that changes its program while it runs and refuses nobody meanwhile: SIGUSR2
+ * starts the file that it was started from again, by now perhaps a new version. That takes over the
  * listening socket and says when it serves; then this process answers what it has and ends.
  *
  *     cc examples/upgrade.c -o upgrade
