@@ -294,12 +294,15 @@ TCPSRV_API void tcpsrv_wake(tcpsrv_loop *loop, int64_t id); /* a dead id does no
 /* What a read wants. Made by the functions below, used at once; max 0 means the stream's
    max_buffer_size. */
 typedef int64_t tcpsrv_find_end_fn(const char *data, size_t size, void *arg);
+typedef union tcpsrv_extent {
+    size_t size;                  /* of the delimiter, of the message, of the caller's memory */
+    tcpsrv_find_end_fn *find_end;
+} tcpsrv_extent;
 typedef struct tcpsrv_want {
     int kind;
-    size_t size;                  /* of the delimiter, of the message, of the caller's memory */
     size_t max;
     void *memory;                 /* the delimiter, the regex, the caller's memory, or arg */
-    tcpsrv_find_end_fn *find_end;
+    tcpsrv_extent extent;
 } tcpsrv_want;
 
 /* Up to and with a delimiter, which is borrowed until the read ends. TCPSRV_ETOOBIG when the
@@ -938,11 +941,13 @@ typedef int tcpsrv__iovlen;
 
 #if defined(__GNUC__)
 #define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
+#define TCPSRV__INLINE static inline __attribute__((always_inline)) /* on every message's path */
 #define TCPSRV__NOINLINE __attribute__((noinline))
 #define TCPSRV__UNUSED __attribute__((unused))
 #define TCPSRV__COLD __attribute__((cold)) /* made small; so is what only such functions call */
 #else
 #define TCPSRV__LIKELY(x) (x)
+#define TCPSRV__INLINE static
 #define TCPSRV__NOINLINE
 #define TCPSRV__UNUSED
 #define TCPSRV__COLD
@@ -955,6 +960,13 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV_HOT
 #endif
 #define TCPSRV_IMPL TCPSRV_HOT TCPSRV__COLD
+/* And those few whose usual way is shorter than a call; C++ would give such a symbol away only where
+   it is used. */
+#if defined(__GNUC__) && !defined(__cplusplus) && !defined(__TINYC__)
+#define TCPSRV_FAST TCPSRV_HOT inline
+#else
+#define TCPSRV_FAST TCPSRV_HOT
+#endif
 
 #ifndef TCPSERVER_REALLOC
 static void *tcpsrv__realloc(void *memory, size_t size) {
@@ -1104,6 +1116,22 @@ static size_t tcpsrv__sys_descriptor_limit(void) {
     return (size_t)limit.rlim_cur;
 }
 
+TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
+    ssize_t n;
+    do
+        n = read(fd, memory, size);
+    while (n < 0 && errno == EINTR);
+    return TCPSRV__LIKELY(n >= 0) ? (long)n : -errno;
+}
+
+TCPSRV__INLINE long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
+    ssize_t n;
+    do
+        n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
+    while (n < 0 && errno == EINTR);
+    return TCPSRV__LIKELY(n >= 0) ? (long)n : -errno;
+}
+
 static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
     ssize_t n;
     do
@@ -1116,12 +1144,12 @@ static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
 static long tcpsrv__sys_send(int fd, const struct iovec *pieces, int count) {
     struct msghdr message;
     ssize_t n;
+    if (count == 1) return tcpsrv__sys_send_one(fd, pieces[0].iov_base, pieces[0].iov_len);
     memset(&message, 0, sizeof message);
     message.msg_iov = (struct iovec *)(uintptr_t)pieces;
     message.msg_iovlen = (tcpsrv__iovlen)count;
     do
-        n = count == 1 ? send(fd, pieces[0].iov_base, pieces[0].iov_len, TCPSRV__SEND_FLAGS)
-                       : sendmsg(fd, &message, TCPSRV__SEND_FLAGS);
+        n = sendmsg(fd, &message, TCPSRV__SEND_FLAGS);
     while (n < 0 && errno == EINTR);
     return n < 0 ? -errno : (long)n;
 }
@@ -1309,11 +1337,6 @@ static TCPSRV__COLD const char *tcpsrv__find_long(const char *memory, size_t siz
         at++;
     }
     return NULL;
-}
-
-static const char *tcpsrv__find(const char *memory, size_t size, const char *what, size_t length) {
-    if (length == 1) return (const char *)memchr(memory, what[0], size);
-    return tcpsrv__find_long(memory, size, what, length);
 }
 
 /* What wakes a waiting poller: readable after a signal or another thread's call. */
@@ -1771,12 +1794,12 @@ void __tsan_switch_to_fiber(void *fiber, unsigned flags);
 #ifdef __cplusplus
 }
 #endif
-#define TCPSRV__TSAN_HERE() __tsan_get_current_fiber()
+#define TCPSRV__TSAN_FROM(fiber) ((fiber) = __tsan_get_current_fiber())
 #define TCPSRV__TSAN_NEW() __tsan_create_fiber(0)
 #define TCPSRV__TSAN_END(fiber) __tsan_destroy_fiber(fiber)
 #define TCPSRV__TSAN_GO(fiber) __tsan_switch_to_fiber(fiber, 0)
 #else
-#define TCPSRV__TSAN_HERE() NULL
+#define TCPSRV__TSAN_FROM(fiber) ((void)0)
 #define TCPSRV__TSAN_NEW() NULL
 #define TCPSRV__TSAN_END(fiber) ((void)0)
 #define TCPSRV__TSAN_GO(fiber) ((void)0)
@@ -2214,7 +2237,8 @@ static TCPSRV__COLD int tcpsrv__sys_read_file(const char *path, char *memory, si
    writable, ended since I last told you". For streams the poller tells each once, and again only
    after rearm, which the stream calls when a call has shown that direction to be dry; an end or an
    error is told once. Listeners and watches are level-triggered. forget comes just before close,
-   remove leaves the descriptor open. Id 0 is the waker. */
+   remove leaves the descriptor open. rearm_write gives 1 where edges of writability need no more
+   rearming, else 0 or a code. Id 0 is the waker. */
 
 enum {
     TCPSRV__EVENT_READ = 1,
@@ -2269,15 +2293,14 @@ static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id,
     return tcpsrv__poller_control(poller, EPOLL_CTL_ADD, fd, mask, id);
 }
 
-/* 0, or TCPSRV__EVENT_WRITE in *armed once edges of writability are told too. */
-static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
-                                unsigned char *armed) {
-    int err;
-    if (direction == TCPSRV__EVENT_READ || (*armed & TCPSRV__EVENT_WRITE)) return 0;
-    err = tcpsrv__poller_control(poller, EPOLL_CTL_MOD, fd,
-                                 tcpsrv__poller_stream_mask(TCPSRV__EVENT_WRITE), id);
-    if (!err) *armed |= TCPSRV__EVENT_WRITE;
-    return err;
+static void tcpsrv__poller_rearm_read(tcpsrv__poller *poller, int fd) {
+    (void)poller, (void)fd;
+}
+
+static int tcpsrv__poller_rearm_write(tcpsrv__poller *poller, int fd, int64_t id, int armed) {
+    uint32_t mask = tcpsrv__poller_stream_mask(TCPSRV__EVENT_WRITE);
+    int err = armed ? 0 : tcpsrv__poller_control(poller, EPOLL_CTL_MOD, fd, mask, id);
+    return err ? err : 1;
 }
 
 /* Level-triggered. A shared listener wakes one process only (EPOLLEXCLUSIVE, epoll_ctl(2)). */
@@ -2392,13 +2415,13 @@ static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id,
     return tcpsrv__poller_add(poller, fd, id, directions | TCPSRV__EVENT_READ, EV_CLEAR);
 }
 
-static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
-                                unsigned char *armed) {
-    int err;
-    if (direction == TCPSRV__EVENT_READ || (*armed & TCPSRV__EVENT_WRITE)) return 0;
-    err = tcpsrv__poller_change(poller, fd, 0, EV_ADD | EV_CLEAR, id);
-    if (!err) *armed |= TCPSRV__EVENT_WRITE;
-    return err;
+static void tcpsrv__poller_rearm_read(tcpsrv__poller *poller, int fd) {
+    (void)poller, (void)fd;
+}
+
+static int tcpsrv__poller_rearm_write(tcpsrv__poller *poller, int fd, int64_t id, int armed) {
+    int err = armed ? 0 : tcpsrv__poller_change(poller, fd, 0, EV_ADD | EV_CLEAR, id);
+    return err ? err : 1;
 }
 
 static int tcpsrv__poller_add_listener(tcpsrv__poller *poller, int fd, int64_t id, int shared) {
@@ -2531,11 +2554,15 @@ static int tcpsrv__poller_add_stream(tcpsrv__poller *poller, int fd, int64_t id,
     return tcpsrv__poller_add(poller, fd, id, (short)(mask | POLLRDHUP));
 }
 
-static int tcpsrv__poller_rearm(tcpsrv__poller *poller, int fd, int64_t id, int direction,
-                                unsigned char *armed) {
+static void tcpsrv__poller_rearm_read(tcpsrv__poller *poller, int fd) {
+    struct pollfd *entry = &poller->entries[poller->index_of[fd] - 1];
+    entry->events = (short)(entry->events | POLLIN | POLLPRI);
+}
+
+static int tcpsrv__poller_rearm_write(tcpsrv__poller *poller, int fd, int64_t id, int armed) {
     struct pollfd *entry = &poller->entries[poller->index_of[fd] - 1];
     (void)id, (void)armed;
-    entry->events = (short)(entry->events | tcpsrv__poller_mask(direction));
+    entry->events = (short)(entry->events | POLLOUT);
     return 0;
 }
 
@@ -2683,7 +2710,7 @@ typedef struct tcpsrv__signal_call {
     int signo;
 } tcpsrv__signal_call;
 
-enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks, see >>buffer */
+enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks */
 
 struct tcpsrv_loop {
     uint64_t now, turn;
@@ -2701,9 +2728,13 @@ struct tcpsrv_loop {
     tcpsrv__upgrade *upgrade;   /* >>process */
     void (*turn_end)(const tcpsrv_loop *loop);  /* of a forked child: makes its counters known */
     long pid;
-    char *scratch;              /* receive memory that spills are cut from, >>stream */
+    tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
     tcpsrv__block *pool[TCPSRV__CLASSES];
     unsigned pool_count[TCPSRV__CLASSES];
+    tcpsrv_stream *corked;      /* the stream whose output gathers in the outbox, >>stream */
+    tcpsrv__block *inbox, *outbox; /* NULL: made at the next need */
+    char *outbox_at;
+    size_t outbox_room;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
     void *links;                /* what a transport keeps for its streams */
     void (*links_free)(void *links);
@@ -2812,7 +2843,7 @@ static tcpsrv__source *tcpsrv__take_ready(tcpsrv_loop *loop) {
     return source;
 }
 
-static TCPSRV__NOINLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
+TCPSRV__INLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
     tcpsrv_loop *loop = source->loop;
     if (source->is_flushing) return;
     source->is_flushing = 1;
@@ -2823,7 +2854,7 @@ static TCPSRV__NOINLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
 }
 
 /* After every callback and coroutine run. */
-static void tcpsrv__flush_all(tcpsrv_loop *loop) {
+TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
     while (loop->flush_first) {
         tcpsrv__source *source = loop->flush_first;
         loop->flush_first = source->flush_next;
@@ -3659,7 +3690,7 @@ static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__
 /* ---- switching ------------------------------------------------------------------------------- */
 
 /* From the running coroutine back to the loop, until it is resumed. */
-static TCPSRV__NOINLINE void tcpsrv__co_leave(tcpsrv__co *co) {
+TCPSRV__INLINE void tcpsrv__co_leave(tcpsrv__co *co) {
     tcpsrv__stack_pool *pool = co->source.loop->stacks;
     TCPSRV__ASAN_LEAVE(co->ended ? NULL : &co->fake, pool->main_bottom, pool->main_size);
     TCPSRV__TSAN_GO(pool->main_fiber);
@@ -3678,17 +3709,17 @@ static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context 
 }
 
 /* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
-static void tcpsrv__co_switch(tcpsrv__co *co) {
+TCPSRV__INLINE void tcpsrv__co_switch(tcpsrv__co *co) {
     tcpsrv__stack_pool *pool = co->source.loop->stacks;
-    pool->main_fiber = TCPSRV__TSAN_HERE();
+    TCPSRV__TSAN_FROM(pool->main_fiber);
     for (;;) {
-        pool->errand = NULL;
         TCPSRV__ASAN_LEAVE(&pool->main_fake, co->stack, co->slab->stack_size);
         TCPSRV__TSAN_GO(co->fiber);
         tcpsrv__switch(&pool->main, &co->context);
         TCPSRV__ASAN_ENTER(pool->main_fake, NULL, NULL);
         if (TCPSRV__LIKELY(!pool->errand)) return;
         pool->errand(pool->errand_arg);
+        pool->errand = NULL;
     }
 }
 
@@ -3742,12 +3773,16 @@ static TCPSRV__COLD void tcpsrv__co_end(tcpsrv__co *co) {
     tcpsrv__source_end(&co->source);
 }
 
-static void tcpsrv__co_resume(tcpsrv__co *co) {
+TCPSRV__INLINE void tcpsrv__co_resume_here(tcpsrv__co *co) {
     tcpsrv_loop *loop = co->source.loop;
     loop->current = co;
     tcpsrv__co_switch(co);
     loop->current = NULL;
     if (co->ended) tcpsrv__co_end(co);
+}
+
+static TCPSRV__NOINLINE void tcpsrv__co_resume(tcpsrv__co *co) {
+    tcpsrv__co_resume_here(co);
 }
 
 static TCPSRV__COLD void tcpsrv__co_run(tcpsrv__source *source) {
@@ -3837,10 +3872,10 @@ static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int res
 }
 
 /* As done, but the coroutine runs now: only from the loop, as the last thing that is done there. */
-static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
+TCPSRV__INLINE void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
     waiter->done = 1;
     waiter->result = result;
-    if (waiter->co) tcpsrv__co_resume(waiter->co);
+    if (waiter->co) tcpsrv__co_resume_here(waiter->co);
 }
 
 /* Whether a call may wait here: 0 or the code to return. */
@@ -3854,15 +3889,20 @@ static int tcpsrv__may_wait(tcpsrv_loop *loop) {
     return tcpsrv__loop_may_turn(loop) ? TCPSRV_ENOTCORO : 0;
 }
 
+TCPSRV__INLINE void tcpsrv__wait_in(tcpsrv__co *co, tcpsrv__waiter *waiter) {
+    waiter->co = co;
+    co->waiter = waiter;
+    while (!waiter->done) tcpsrv__co_leave(co);
+    co->waiter = NULL;
+}
+
 /* Waits until the waiter is done. Outside a coroutine a stop or a failing poller cancels it. */
 static int tcpsrv__wait(tcpsrv_loop *loop, tcpsrv__waiter *waiter) {
     tcpsrv__co *co = loop->current;
     int err = 0;
     waiter->co = co;
     if (co) {
-        co->waiter = waiter;
-        while (!waiter->done) tcpsrv__co_leave(co);
-        co->waiter = NULL;
+        tcpsrv__wait_in(co, waiter);
         return waiter->result;
     }
     loop->running = 1;
@@ -3983,6 +4023,10 @@ static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int res
 
 static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
     tcpsrv__waiter_done(waiter, result);
+}
+
+static void tcpsrv__wait_in(tcpsrv__co *co, tcpsrv__waiter *waiter) {
+    (void)co, (void)waiter;
 }
 
 static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
@@ -4130,19 +4174,28 @@ TCPSRV_IMPL int tcpsrv_wait_fd(int fd, int events, int64_t timeout_ms) {
 struct tcpsrv__block {
     tcpsrv__block *next;
     char *data;                 /* behind this header; elsewhere where it is borrowed */
-    size_t capacity, begin, end;
-    void (*done)(tcpsrv__block *block, int result); /* instead of freeing it, once it is out */
+    size_t capacity, begin, end; /* without room behind end where it is not the library's own */
+    void (*done)(tcpsrv__block *block, int result); /* instead of giving it back, once it is out */
     int64_t offset;             /* of data in the file */
     int file;                   /* -1: memory */
-    int pool;                   /* class; -1: none */
+    int pool;                   /* class, or one of those below */
     int awaited;                /* by a writer whose memory it is */
 };
 
+enum {
+    TCPSRV__POOL_NONE = -1,     /* freed when it is given back */
+    TCPSRV__POOL_HOME = -2,     /* part of a larger object: stays where it is */
+    TCPSRV__POOL_INBOX = -3,    /* the loop's: a stream has it only while it is served straight */
+    TCPSRV__POOL_OUTPUT = 1,    /* for what one run writes, */
+    TCPSRV__POOL_OUTBOX = 3,    /* also while it is corked */
+    TCPSRV__POOL_INPUT = 4,     /* for one receive, */
+    TCPSRV__POOL_BULK = 5       /* and for one that filled it before */
+};
 static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
-    512, 2048, 8192, 32768, 131072, 262144
+    512, 2048, 8192, 32768, 65536, 262144
 };
 enum { TCPSRV__BLOCK_HEAD = sizeof(struct tcpsrv__block) + 1 }; /* and room for a final NUL */
-static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 1 };
+static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 0 };
 
 enum {
     TCPSRV__SEND_SIZE = 262144, /* the most that one call sends: a large write yields */
@@ -4153,36 +4206,59 @@ enum {
 static int tcpsrv__class_for(size_t size) {
     int i = 0;
     while (i < TCPSRV__CLASSES && tcpsrv__class_size[i] - TCPSRV__BLOCK_HEAD < size) i++;
-    return i < TCPSRV__CLASSES ? i : -1;
+    return i < TCPSRV__CLASSES ? i : TCPSRV__POOL_NONE;
 }
 
-/* A block for at least size bytes, empty; NULL: no memory. */
-static tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, size_t size) {
-    int pool = tcpsrv__class_for(size);
-    size_t total = pool >= 0 ? tcpsrv__class_size[pool] : tcpsrv__class_size[TCPSRV__CLASSES - 1];
-    tcpsrv__block *block = pool >= 0 ? loop->pool[pool] : NULL;
-    if (block) {
-        loop->pool[pool] = block->next;
-        loop->pool_count[pool]--;
-    } else {
-        if (size > SIZE_MAX / 4) return NULL;
-        while (total - TCPSRV__BLOCK_HEAD < size) total *= 2;
-        block = (tcpsrv__block *)TCPSERVER_REALLOC(NULL, total);
-        if (!block) return NULL;
-        block->capacity = total - TCPSRV__BLOCK_HEAD;
-        block->pool = pool;
-        block->file = -1;
-        block->done = NULL;
-        block->awaited = 0;
-        block->data = (char *)(block + 1);
-    }
-    block->next = NULL;
-    block->begin = block->end = 0;
+static void tcpsrv__block_init(tcpsrv__block *block, size_t total, int pool) {
+    block->capacity = total - TCPSRV__BLOCK_HEAD;
+    block->pool = pool;
+    block->file = -1;
+    block->done = NULL;
+    block->awaited = 0;
+    block->data = (char *)(block + 1);
+}
+
+static TCPSRV__COLD tcpsrv__block *tcpsrv__block_new(size_t size, int pool) {
+    size_t total = tcpsrv__class_size[pool >= 0 ? pool : TCPSRV__CLASSES - 1];
+    tcpsrv__block *block;
+    if (size > SIZE_MAX / 4) return NULL;
+    while (total - TCPSRV__BLOCK_HEAD < size) total *= 2;
+    block = (tcpsrv__block *)TCPSERVER_REALLOC(NULL, total);
+    if (block) tcpsrv__block_init(block, total, pool);
     return block;
 }
 
-static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
+/* Of each class the one that was used last is at hand, others lie behind it. */
+static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take_next(tcpsrv_loop *loop, size_t size,
+                                                               int pool) {
+    tcpsrv__block *block = pool >= 0 ? loop->pool[pool] : NULL;
+    if (!block) return tcpsrv__block_new(size, pool);
+    loop->pool[pool] = block->next;
+    loop->pool_count[pool]--;
+    return block;
+}
+
+TCPSRV__INLINE tcpsrv__block *tcpsrv__block_take_class(tcpsrv_loop *loop, int pool) {
+    tcpsrv__block *block = loop->hot[pool];
+    loop->hot[pool] = NULL;
+    if (!TCPSRV__LIKELY(block)) block = tcpsrv__block_take_next(loop, 0, pool);
+    if (block) block->begin = block->end = 0;
+    return block;
+}
+
+/* A block for at least size bytes, empty; NULL: no memory. */
+static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, size_t size) {
+    int pool = tcpsrv__class_for(size);
+    tcpsrv__block *block;
+    if (pool >= 0) return tcpsrv__block_take_class(loop, pool);
+    block = tcpsrv__block_new(size, pool);
+    if (block) block->begin = block->end = 0;
+    return block;
+}
+
+static TCPSRV__NOINLINE void tcpsrv__block_give_behind(tcpsrv_loop *loop, tcpsrv__block *block) {
     int pool = block->pool;
+    if (pool == TCPSRV__POOL_HOME || pool == TCPSRV__POOL_INBOX) return;
     if (pool < 0 || loop->pool_count[pool] >= tcpsrv__class_keep[pool]) {
         tcpsrv__free(block);
         return;
@@ -4192,18 +4268,27 @@ static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block
     loop->pool_count[pool]++;
 }
 
+TCPSRV__INLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
+    int pool = block->pool;
+    if (TCPSRV__LIKELY(pool >= 0 && !loop->hot[pool])) loop->hot[pool] = block;
+    else tcpsrv__block_give_behind(loop, block);
+}
+
 static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
     int i;
-    for (i = 0; i < TCPSRV__CLASSES; i++)
+    tcpsrv__free(loop->inbox);
+    tcpsrv__free(loop->outbox);
+    for (i = 0; i < TCPSRV__CLASSES; i++) {
+        tcpsrv__free(loop->hot[i]);
         while (loop->pool[i]) {
             tcpsrv__block *block = loop->pool[i];
             loop->pool[i] = block->next;
             tcpsrv__free(block);
         }
-    tcpsrv__free(loop->scratch);
+    }
 }
 
-static size_t tcpsrv__block_size(const tcpsrv__block *block) {
+TCPSRV__INLINE size_t tcpsrv__block_size(const tcpsrv__block *block) {
     return block->end - block->begin;
 }
 
@@ -4213,9 +4298,8 @@ static int tcpsrv__block_is_loose(const tcpsrv__block *block, size_t kept) {
 }
 
 /* The bytes from *from on in a block of their own size; the old one stays where there is none. */
-static TCPSRV__COLD tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block,
-                                                     size_t from,
-                                        size_t size) {
+static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block,
+                                                         size_t from, size_t size) {
     size_t kept = block->end - from;
     tcpsrv__block *fit = tcpsrv__block_take(loop, size > kept ? size : kept);
     if (!fit) return NULL;
@@ -4229,49 +4313,78 @@ static TCPSRV__COLD tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__
 /* ---- the output queue ------------------------------------------------------------------------ */
 
 /* A queue of blocks: owned ones, borrowed ones that lie with the waiting writer, pieces of files,
-   and empty ones that mark a place. size counts the bytes not yet sent. */
+   and empty ones that mark a place. A ring, known by its last. size counts the bytes not yet
+   sent. */
 typedef struct tcpsrv__queue {
-    tcpsrv__block *first, *last;
+    tcpsrv__block *last;
     size_t size;
 } tcpsrv__queue;
 
-static TCPSRV__NOINLINE void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
-    block->next = NULL;
-    if (queue->last) queue->last->next = block;
-    else queue->first = block;
+TCPSRV__INLINE tcpsrv__block *tcpsrv__queue_first(const tcpsrv__queue *queue) {
+    return queue->last ? queue->last->next : NULL;
+}
+
+/* The one behind it; NULL at the end. */
+static tcpsrv__block *tcpsrv__queue_next(const tcpsrv__queue *queue, const tcpsrv__block *block) {
+    return block == queue->last ? NULL : block->next;
+}
+
+TCPSRV__INLINE void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
+    tcpsrv__block *last = queue->last;
+    block->next = last ? last->next : block;
+    if (last) last->next = block;
     queue->last = block;
     queue->size += tcpsrv__block_size(block);
 }
 
-/* A copy of the bytes; all or nothing: one allocation at most. */
-static int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
-                                size_t size) {
+static void tcpsrv__queue_take_first(tcpsrv__queue *queue) {
+    tcpsrv__block *first = queue->last->next;
+    if (first == queue->last) queue->last = NULL;
+    else queue->last->next = first->next;
+}
+
+/* What does not fit behind the last block; all or nothing: one allocation at most. */
+static TCPSRV__NOINLINE int tcpsrv__queue_append_more(tcpsrv_loop *loop, tcpsrv__queue *queue,
+                                                      const void *data, size_t size) {
     tcpsrv__block *last = queue->last, *more;
-    size_t room = last && !last->done && last->file < 0 ? last->capacity - last->end : 0, want;
-    if (size > room) {
-        want = last ? last->capacity * 2 : tcpsrv__class_size[0] * 2;
-        if (want > TCPSRV__GATHER_SIZE / 4) want = TCPSRV__GATHER_SIZE / 4;
-        if (want < size - room) want = size - room;
-        more = tcpsrv__block_take(loop, want);
-        if (!more) return -ENOMEM;
-        memcpy(more->data, (const char *)data + room, size - room);
-        more->end = size - room;
-        tcpsrv__queue_push(queue, more);
-    } else {
-        room = size;
+    size_t room = last ? last->capacity - last->end : 0;
+    size_t want = last ? 2 * last->capacity : tcpsrv__class_size[0];
+    if (want > TCPSRV__GATHER_SIZE / 4) want = TCPSRV__GATHER_SIZE / 4;
+    if (want < size - room) want = size - room;
+    more = tcpsrv__block_take(loop, want);
+    if (!more) return -ENOMEM;
+    if (room) memcpy(last->data + last->end, data, room);
+    if (room) last->end += room;
+    memcpy(more->data, (const char *)data + room, size - room);
+    more->end = size - room;
+    tcpsrv__queue_push(queue, more);
+    queue->size += room;
+    return 0;
+}
+
+/* A copy of the bytes; all or nothing. */
+TCPSRV__INLINE int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
+                                        size_t size) {
+    tcpsrv__block *last = queue->last;
+    size_t room;
+    if (!last) {
+        if (size > tcpsrv__class_size[TCPSRV__POOL_OUTPUT] - TCPSRV__BLOCK_HEAD)
+            return tcpsrv__queue_append_more(loop, queue, data, size);
+        last = tcpsrv__block_take_class(loop, TCPSRV__POOL_OUTPUT);
+        if (!last) return -ENOMEM;
+        queue->last = last->next = last;
     }
-    if (room) {
-        memcpy(last->data + last->end, data, room);
-        last->end += room;
-        queue->size += room;
-    }
+    room = last->capacity - last->end;
+    if (!TCPSRV__LIKELY(size <= room)) return tcpsrv__queue_append_more(loop, queue, data, size);
+    queue->size += size;
+    last->end += size;
+    memcpy(last->data + last->end - size, data, size);
     return 0;
 }
 
 static void tcpsrv__queue_pop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
-    tcpsrv__block *block = queue->first;
-    queue->first = block->next;
-    if (!queue->first) queue->last = NULL;
+    tcpsrv__block *block = queue->last->next;
+    tcpsrv__queue_take_first(queue);
     queue->size -= tcpsrv__block_size(block);
     if (block->done) block->done(block, result);
     else tcpsrv__block_give(loop, block);
@@ -4279,8 +4392,8 @@ static void tcpsrv__queue_pop(tcpsrv_loop *loop, tcpsrv__queue *queue, int resul
 
 /* So many bytes are out: takes them off, and the marks behind them. */
 static void tcpsrv__queue_consume(tcpsrv_loop *loop, tcpsrv__queue *queue, size_t size) {
-    while (queue->first) {
-        tcpsrv__block *block = queue->first;
+    while (queue->last) {
+        tcpsrv__block *block = queue->last->next;
         size_t left = tcpsrv__block_size(block), n = left < size ? left : size;
         block->begin += n;
         queue->size -= n;
@@ -4291,16 +4404,16 @@ static void tcpsrv__queue_consume(tcpsrv_loop *loop, tcpsrv__queue *queue, size_
 }
 
 static TCPSRV__COLD void tcpsrv__queue_drop(tcpsrv_loop *loop, tcpsrv__queue *queue, int result) {
-    while (queue->first) tcpsrv__queue_pop(loop, queue, result);
+    while (queue->last) tcpsrv__queue_pop(loop, queue, result);
 }
 
 /* The pieces in memory up to the first of a file. */
 static int tcpsrv__queue_gather(const tcpsrv__queue *queue, struct iovec *pieces, size_t *total) {
-    const tcpsrv__block *block = queue->first;
+    const tcpsrv__block *block = tcpsrv__queue_first(queue);
     int n = 0;
     *total = 0;
     for (; block && block->file < 0 && n < TCPSRV__SEND_PIECES && *total < TCPSRV__SEND_SIZE;
-         block = block->next) {
+         block = tcpsrv__queue_next(queue, block)) {
         size_t size = tcpsrv__block_size(block);
         if (!size) continue;
         if (size > TCPSRV__SEND_SIZE - *total) size = TCPSRV__SEND_SIZE - *total;
@@ -4313,30 +4426,31 @@ static int tcpsrv__queue_gather(const tcpsrv__queue *queue, struct iovec *pieces
 
 /* Whether a writer still waits with bytes of its own. */
 static int tcpsrv__queue_has_borrowed(const tcpsrv__queue *queue) {
-    const tcpsrv__block *block = queue->first;
-    while (block && !(block->awaited && tcpsrv__block_size(block))) block = block->next;
+    const tcpsrv__block *block = tcpsrv__queue_first(queue);
+    while (block && !(block->awaited && tcpsrv__block_size(block)))
+        block = tcpsrv__queue_next(queue, block);
     return block != NULL;
 }
 
 /* Queued bytes that are held in memory: those of files are not. */
 static size_t tcpsrv__queue_memory(const tcpsrv__queue *queue) {
-    const tcpsrv__block *block = queue->first;
+    const tcpsrv__block *block = tcpsrv__queue_first(queue);
     size_t size = queue->size;
-    for (; block; block = block->next)
+    for (; block; block = tcpsrv__queue_next(queue, block))
         if (block->file >= 0) size -= tcpsrv__block_size(block);
     return size;
 }
 
 /* What the peer does not take for now is kept in memory of its size. */
 static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *queue) {
-    tcpsrv__block *block = queue->first, *next, *fit;
+    tcpsrv__block *block = tcpsrv__queue_first(queue), *next, *fit;
     if (!block || block->done || !tcpsrv__block_is_loose(block, tcpsrv__block_size(block))) return;
     next = block->next;
     fit = tcpsrv__block_fit(loop, block, block->begin, 0);
     if (!fit) return;
-    fit->next = next;
-    queue->first = fit;
-    if (!next) queue->last = fit;
+    fit->next = next == block ? fit : next;
+    if (queue->last == block) queue->last = fit;
+    else queue->last->next = fit;
 }
 
 /* ==== >>stream ================================================================================ */
@@ -4348,17 +4462,18 @@ static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *qu
    flags say is due, in the order that the contract of tcpsrv_close names. */
 
 enum {
-    TCPSRV__WANT_UNTIL = 1, TCPSRV__WANT_REGEX, TCPSRV__WANT_FRAME, /* those with a search */
-    TCPSRV__WANT_EXACTLY, TCPSRV__WANT_SOME, TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE,
-    TCPSRV__WANT_READY
+    TCPSRV__WANT_CHAR = 1, TCPSRV__WANT_UNTIL,  /* delimiters, of one byte and of more */
+    TCPSRV__WANT_REGEX, TCPSRV__WANT_FRAME,     /* the others with a search, */
+    TCPSRV__WANT_SOME,                          /* and that need a byte */
+    TCPSRV__WANT_EXACTLY, TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE, TCPSRV__WANT_READY
 };
 enum {
-    TCPSRV__BURST = 256,            /* messages served from the buffer before others have a turn */
-    TCPSRV__SCRATCH_SIZE = 65536,
+    TCPSRV__BURST = 200,            /* messages served from the buffer before others have a turn */
     TCPSRV__LINGER_SIZE = 65536,
     TCPSRV__LINGER_MS = 2000
 };
 
+/* How bytes come and go where that is not by a plain socket's own calls. */
 typedef struct tcpsrv__transport {
     long (*receive)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
     long (*transmit)(tcpsrv_stream *stream, const struct iovec *pieces, int count);
@@ -4371,6 +4486,8 @@ typedef struct tcpsrv__transport {
 /* What streams of one server have in common; a stream without a server has one of its own. */
 typedef struct tcpsrv__owner {
     tcpsrv_options options;         /* with the defaults filled in */
+    size_t gather_max;              /* queued output up to which a write only gathers */
+    size_t receive_max;             /* of one receive into a block of the usual size */
     uint64_t idle_ns, close_ns;
     int draining;                   /* 2: also what has not had a message yet */
     tcpsrv_stats stats;
@@ -4397,6 +4514,7 @@ typedef struct tcpsrv__making {
 typedef struct tcpsrv__extra {
     tcpsrv_stream *stream;
     tcpsrv__making *making;
+    const tcpsrv__transport *io;    /* NULL: a plain socket */
     void *link;                     /* the transport's own */
     tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
     uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
@@ -4404,55 +4522,80 @@ typedef struct tcpsrv__extra {
     tcpsrv_close_fn *close_fn;
     void *close_arg;
     tcpsrv__block *marks_first, *marks_last; /* flush calls whose bytes are out, or never will be */
+    int linger_left;
 } tcpsrv__extra;
 
+/* An idle connection is little more than this, so that its size is kept small. */
 struct tcpsrv_stream {
     tcpsrv__source source;
-    const tcpsrv__transport *io;
     tcpsrv__owner *owner;
     void *user;
     tcpsrv__block *in;              /* NULL: nothing buffered, nothing viewed */
     tcpsrv__queue out;
     tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
     void *read_arg;
-    union {
-        size_t size;
-        tcpsrv_find_end_fn *find_end;
-    } want;
+    tcpsrv_extent want;
     size_t want_max;
     void *want_memory;
     size_t progress;                /* bytes searched, or filled, or the length that is awaited */
     tcpsrv__extra *extra;
-    uint32_t receive_turn;
-    int error;                      /* why it is dead */
-    int linger_left;
-    unsigned short burst;
-    unsigned char want_kind, in_class, armed;
-    unsigned readable : 1, writable : 1;  /* until a call has shown it to be dry */
-    unsigned eof : 1;               /* the peer has finished, and all of it was received */
+    uint16_t receive_turn;
+    int16_t error;                  /* why it is dead */
+    uint8_t burst, want_kind;
+    uint16_t peer_port;
+    uint32_t peer_ip;               /* IPv4; of IPv6 the zone, its address lies behind the stream */
+    unsigned dead : 1;              /* the descriptor is closed */
+    unsigned closing : 1, cancelled : 1, connecting : 1, unpolled : 1;
     unsigned ended : 1;             /* the peer has finished, the poller says */
     unsigned deep : 1;              /* a short read does not prove it dry */
-    unsigned connecting : 1, unpolled : 1, was_blocking : 1;
-    unsigned closing : 1, aborting : 1, shut_wanted : 1, shut : 1, lingering : 1;
-    unsigned dead : 1;              /* the descriptor is closed */
+    unsigned foreign : 1;           /* not a plain socket: extra->io */
+    unsigned shut_wanted : 1;
+    unsigned blocked : 1;           /* sending, until the poller says that it goes on */
+    unsigned bulk : 1;              /* the next receive is into the largest of blocks, */
+    unsigned winding : 1;           /* its server drains, or small limits: not served straight */
+    unsigned wide : 1;              /* and not at home */
+    unsigned readable : 1;          /* until a call has shown it to be dry */
+    unsigned eof : 1;               /* the peer has finished, and all of it was received */
+    unsigned in_stack : 1;          /* lies at the top of a coroutine's stack, with a home block */
+    unsigned stepping : 1;          /* its callbacks run: new reads are looked at after them */
+    unsigned spoke : 1;             /* a read was answered */
+    unsigned viewed : 1;            /* a coroutine looks at what lies before in->begin */
     unsigned held : 1;              /* a coroutine or a waiting call uses it */
+    unsigned was_blocking : 1, aborting : 1, shut : 1, lingering : 1;
     unsigned told : 1;              /* a callback carried the error */
-    unsigned cancelled : 1;         /* the waiting read */
-    unsigned in_stack : 1;          /* lies at the top of a coroutine's stack */
     unsigned close_told : 1;
     unsigned starting : 1;          /* its handler has not begun */
-    unsigned spoke : 1;             /* a read was answered */
     unsigned counted : 1;           /* for max_connections_per_ip */
     unsigned owes : 1;              /* the transport has bytes of its own to send */
-    tcpsrv__peer_name peer;
+    unsigned armed : 1;             /* the poller tells edges of writability */
+    unsigned peer_kind : 2;         /* as tcpsrv__families */
 };
 
-static tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
+typedef struct tcpsrv__stream6 {    /* what every stream of an IPv6 peer is part of */
+    tcpsrv_stream stream;
+    unsigned char ip[16];
+} tcpsrv__stream6;
+
+enum { TCPSRV__HOME_SIZE = 512 - TCPSRV__BLOCK_HEAD };
+
+typedef struct tcpsrv__hosted {     /* at the top of a coroutine's stack, in its one page */
+    tcpsrv__stream6 base;
+    tcpsrv__block home;             /* for small messages, its bytes behind it */
+    char home_bytes[TCPSRV__HOME_SIZE + 1];
+} tcpsrv__hosted;
+
+TCPSRV__INLINE tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
     return TCPSRV__CONTAINER(tcpsrv_stream, source, source);
 }
 
-static TCPSRV__NOINLINE void tcpsrv__name_address(const tcpsrv__peer_name *name,
-                                                  tcpsrv_address *address) {
+TCPSRV__INLINE tcpsrv__block *tcpsrv__home_of(tcpsrv_stream *stream) {
+    return &((tcpsrv__hosted *)(void *)stream)->home;
+}
+
+static const uint16_t tcpsrv__families[4] = { 0, AF_INET, AF_INET6, AF_UNIX };
+
+static TCPSRV__COLD void tcpsrv__name_address(const tcpsrv__peer_name *name,
+                                              tcpsrv_address *address) {
     memset(address, 0, sizeof *address);
     address->family = name->family;
     address->port = name->port;
@@ -4460,12 +4603,36 @@ static TCPSRV__NOINLINE void tcpsrv__name_address(const tcpsrv__peer_name *name,
     memcpy(address->ip, name->ip, sizeof name->ip);
 }
 
-static TCPSRV__NOINLINE void tcpsrv__name_peer(tcpsrv__peer_name *name,
-                                               const tcpsrv_address *address) {
+static TCPSRV__COLD void tcpsrv__name_peer(tcpsrv__peer_name *name,
+                                           const tcpsrv_address *address) {
     name->family = (uint16_t)address->family;
     name->port = address->port;
     name->scope_id = address->scope_id;
     memcpy(name->ip, address->ip, sizeof name->ip);
+}
+
+static TCPSRV__COLD void tcpsrv__peer_name_of(const tcpsrv_stream *stream,
+                                              tcpsrv__peer_name *name) {
+    memset(name, 0, sizeof *name);
+    name->family = tcpsrv__families[stream->peer_kind];
+    name->port = stream->peer_port;
+    if (name->family == AF_INET6) {
+        memcpy(name->ip, ((const tcpsrv__stream6 *)(const void *)stream)->ip, sizeof name->ip);
+        name->scope_id = stream->peer_ip;
+    } else {
+        memcpy(name->ip, &stream->peer_ip, sizeof stream->peer_ip);
+    }
+}
+
+static TCPSRV__COLD void tcpsrv__set_peer(tcpsrv_stream *stream, const tcpsrv_address *address) {
+    unsigned kind = 3;
+    while (kind && tcpsrv__families[kind] != address->family) kind--;
+    stream->peer_kind = kind & 3u;
+    stream->peer_port = address->port;
+    memcpy(&stream->peer_ip, address->ip, sizeof stream->peer_ip);
+    if (address->family != AF_INET6) return;
+    stream->peer_ip = address->scope_id;
+    memcpy(((tcpsrv__stream6 *)(void *)stream)->ip, address->ip, sizeof address->ip);
 }
 
 /* Where a failure is, copied before a wait: the stream may be gone after it. */
@@ -4475,11 +4642,11 @@ typedef struct tcpsrv__place {
     tcpsrv__peer_name peer;
 } tcpsrv__place;
 
-static tcpsrv__place tcpsrv__place_of(const tcpsrv_stream *stream) {
+static TCPSRV__COLD tcpsrv__place tcpsrv__place_of(const tcpsrv_stream *stream) {
     tcpsrv__place place;
     place.loop = stream->source.loop;
     place.id = stream->source.id;
-    place.peer = stream->peer;
+    tcpsrv__peer_name_of(stream, &place.peer);
     return place;
 }
 
@@ -4509,13 +4676,19 @@ static TCPSRV__COLD int tcpsrv__fail_at(int code, const char *step, const tcpsrv
     return tcpsrv__fail_there(code, step, &place);
 }
 
+static int tcpsrv__why_dead(const tcpsrv_stream *stream) {
+    int code = stream->error;
+    return code ? code : TCPSRV_ECLOSED;
+}
+
 /* ---- transports ------------------------------------------------------------------------------ */
 
-static long tcpsrv__plain_receive(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+static TCPSRV__COLD long tcpsrv__plain_receive(tcpsrv_stream *stream, const struct iovec *pieces,
+                                               int count) {
     return tcpsrv__sys_readv(stream->source.fd, pieces, count);
 }
 
-static long tcpsrv__plain_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+static long tcpsrv__plain_transmit(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
     return tcpsrv__sys_send(stream->source.fd, pieces, count);
 }
 
@@ -4523,8 +4696,8 @@ static TCPSRV__COLD void tcpsrv__plain_shut(tcpsrv_stream *stream) {
     tcpsrv__sys_shutdown_write(stream->source.fd);
 }
 
-static TCPSRV__COLD long tcpsrv__file_send(tcpsrv_stream *stream, const struct iovec *pieces,
-                                           int count) {
+static TCPSRV__COLD long tcpsrv__file_transmit(tcpsrv_stream *stream, const struct iovec *pieces,
+                                               int count) {
     return tcpsrv__sys_writev(stream->source.fd, pieces, count);
 }
 
@@ -4533,11 +4706,20 @@ static TCPSRV__COLD void tcpsrv__file_shut(tcpsrv_stream *stream) {
 }
 
 static const tcpsrv__transport tcpsrv__plain = {
-    tcpsrv__plain_receive, tcpsrv__plain_send, tcpsrv__plain_shut, NULL, NULL, 1, 1
+    tcpsrv__plain_receive, tcpsrv__plain_transmit, tcpsrv__plain_shut, NULL, NULL, 1, 1
 };
 static const tcpsrv__transport tcpsrv__file = {
-    tcpsrv__plain_receive, tcpsrv__file_send, tcpsrv__file_shut, NULL, NULL, 0, 1
+    tcpsrv__plain_receive, tcpsrv__file_transmit, tcpsrv__file_shut, NULL, NULL, 0, 1
 };
+
+static const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *stream) {
+    return stream->foreign ? stream->extra->io : &tcpsrv__plain;
+}
+
+static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
+    stream->shut = 1;
+    tcpsrv__io(stream)->shut(stream);
+}
 
 /* ---- deadlines ------------------------------------------------------------------------------- */
 
@@ -4598,18 +4780,59 @@ static TCPSRV__COLD int tcpsrv__handshake_deadline(tcpsrv_stream *stream) {
     return tcpsrv__alarm_arm(stream);
 }
 
+/* ---- the cork -------------------------------------------------------------------------------- */
+
+/* A stream that the loop serves straight from its event is corked: what is written to it gathers in
+   the loop's outbox, and leaves from there when the event is done, without ever being queued.
+   Whatever else has to do with a stream's output uncorks it first. */
+
+static TCPSRV__NOINLINE void tcpsrv__uncork_now(tcpsrv_loop *loop) {
+    tcpsrv_stream *stream = loop->corked;
+    tcpsrv__block *box = loop->outbox;
+    loop->corked = NULL;
+    box->begin = 0;
+    box->end = (size_t)(loop->outbox_at - box->data);
+    if (!box->end) return;
+    loop->outbox = NULL;
+    tcpsrv__queue_push(&stream->out, box);
+    tcpsrv__make_flushing(&stream->source);
+}
+
+TCPSRV__INLINE void tcpsrv__uncork(const tcpsrv_stream *stream) {
+    if (stream->source.loop->corked == stream) tcpsrv__uncork_now(stream->source.loop);
+}
+
+TCPSRV__INLINE void tcpsrv__outbox_clear(tcpsrv_loop *loop, const tcpsrv__block *box) {
+    loop->outbox_at = box->data;
+    loop->outbox_room = tcpsrv__class_size[TCPSRV__POOL_OUTBOX] - TCPSRV__BLOCK_HEAD;
+}
+
+/* Both boxes there, and the outbox empty; else 0. */
+static TCPSRV__NOINLINE int tcpsrv__boxes_make(tcpsrv_loop *loop) {
+    if (!loop->inbox) {
+        loop->inbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
+        if (loop->inbox) loop->inbox->pool = TCPSRV__POOL_INBOX;
+    }
+    if (!loop->outbox) {
+        loop->outbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_OUTBOX);
+        if (loop->outbox) tcpsrv__outbox_clear(loop, loop->outbox);
+    }
+    return loop->inbox && loop->outbox;
+}
+
 /* ---- life ------------------------------------------------------------------------------------ */
 
-static TCPSRV__NOINLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
+TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
     if (stream->in) tcpsrv__block_give(stream->source.loop, stream->in);
     stream->in = NULL;
+    stream->viewed = 0;
 }
 
 static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
     int fd = stream->source.fd;
     if (fd < 0) return;
     if (!stream->unpolled) tcpsrv__poller_forget(&stream->source.loop->poller, fd);
-    if (stream->aborting && stream->io->is_socket) tcpsrv__sys_reset_on_close(fd);
+    if (stream->aborting && tcpsrv__io(stream)->is_socket) tcpsrv__sys_reset_on_close(fd);
     if (stream->was_blocking) tcpsrv__sys_set_blocking(fd);
     tcpsrv__sys_close(fd);
     stream->source.fd = -1;
@@ -4618,10 +4841,12 @@ static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
 /* The stream's connection is over: the descriptor closes now, everything else ends from the loop.
    out.size stays as what was not sent. */
 static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
-    size_t unsent = stream->out.size;
+    size_t unsent;
     if (stream->dead) return;
+    tcpsrv__uncork(stream);
+    unsent = stream->out.size;
     stream->dead = 1;
-    stream->error = code;
+    stream->error = (int16_t)code;
     if (stream->connecting && stream->owner->not_ready)
         stream->owner->not_ready(stream->owner, stream, code);
     stream->connecting = 0;
@@ -4640,7 +4865,7 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     if (stream->extra) {
         tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
         tcpsrv__free(stream->extra->making);
-        if (stream->io->release) stream->io->release(stream);
+        if (tcpsrv__io(stream)->release) tcpsrv__io(stream)->release(stream);
     }
     tcpsrv__free(stream->extra);
     stream->extra = NULL; /* a handler may still ask a stream that others have ended */
@@ -4683,13 +4908,21 @@ static TCPSRV__COLD int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *dat
 /* Only bytes not searched before, and as many before them as a split delimiter may have. */
 static int64_t tcpsrv__match_until(tcpsrv_stream *stream, const char *data, size_t size) {
     size_t length = stream->want.size, from = stream->progress;
-    const char *found;
+    const char *found = NULL;
     from = from >= length ? from - length + 1 : 0;
-    found = size - from >= length
-                ? tcpsrv__find(data + from, size - from, (const char *)stream->want_memory, length)
-                : NULL;
     stream->progress = size;
+    if (size - from >= length)
+        found = tcpsrv__find_long(data + from, size - from, (const char *)stream->want_memory,
+                                  length);
     return found ? (int64_t)((size_t)(found - data) + length) : 0;
+}
+
+TCPSRV__INLINE size_t tcpsrv__match_char(tcpsrv_stream *stream, const char *data, size_t size) {
+    const char *from = data + stream->progress, *found;
+    found = (const char *)memchr(from, *(const char *)stream->want_memory, size - stream->progress);
+    if (found) return (size_t)(found - data) + 1;
+    stream->progress = size;
+    return 0;
 }
 
 /* progress is the awaited length, or, inverted, the size that was not enough to know it. */
@@ -4721,19 +4954,16 @@ static TCPSRV__COLD int64_t tcpsrv__match_size(const tcpsrv_stream *stream, size
 }
 
 /* The length of the wanted message at the buffer's start; 0: not yet; a code. */
-static int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
+static TCPSRV__NOINLINE int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty) {
     tcpsrv__block *in = stream->in;
     char *data = in ? in->data + in->begin : NULL;
     size_t size = in ? tcpsrv__block_size(in) : 0;
     int64_t end = 0;
-    if (stream->want_kind > TCPSRV__WANT_FRAME) return tcpsrv__match_size(stream, size, empty);
+    if (stream->want_kind >= TCPSRV__WANT_SOME) return tcpsrv__match_size(stream, size, empty);
     if (!size) return 0;
-    if (TCPSRV__LIKELY(stream->want_kind == TCPSRV__WANT_UNTIL))
-        end = tcpsrv__match_until(stream, data, size);
-    else if (stream->want_kind == TCPSRV__WANT_FRAME)
-        end = tcpsrv__match_frame(stream, data, size);
-    else
-        end = tcpsrv__match_regex(stream, data, size);
+    if (stream->want_kind == TCPSRV__WANT_FRAME) end = tcpsrv__match_frame(stream, data, size);
+    else if (stream->want_kind == TCPSRV__WANT_UNTIL) end = tcpsrv__match_until(stream, data, size);
+    else end = tcpsrv__match_regex(stream, data, size);
     if (end < 0) return end;
     if ((size_t)end > stream->want_max || (!end && size > stream->want_max)) return TCPSRV_ETOOBIG;
     return end;
@@ -4770,81 +5000,15 @@ static TCPSRV__COLD int tcpsrv__input_put(tcpsrv_stream *stream, const char *dat
     return 0;
 }
 
-/* Where the next bytes go: the caller's own memory, or a block of the stream's class; and behind
-   it scratch of the loop, so that one call takes whatever has come. */
-static int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces) {
-    tcpsrv_loop *loop = stream->source.loop;
-    size_t size = tcpsrv__class_size[stream->in_class] - TCPSRV__BLOCK_HEAD;
-    size_t most = stream->owner->options.read_chunk_size;
-    int n = 0;
-    if (most < size) most = size;
-    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
-    if (stream->want_kind == TCPSRV__WANT_INTO) {
-        pieces[n].iov_base = (char *)stream->want_memory + stream->progress;
-        pieces[n++].iov_len = stream->want.size - stream->progress;
-    } else {
-        if (!stream->in) stream->in = tcpsrv__block_take(loop, size);
-        if (stream->in && stream->in->begin == stream->in->end)
-            stream->in->begin = stream->in->end = 0;
-        if (stream->in && stream->in->end < stream->in->capacity) {
-            pieces[n].iov_base = stream->in->data + stream->in->end;
-            pieces[n++].iov_len = stream->in->capacity - stream->in->end;
-        }
-    }
-    if (n && pieces[0].iov_len > most) pieces[0].iov_len = most;
-    if (n && pieces[0].iov_len == most) return n;
-    if (loop->scratch) {
-        most -= n ? pieces[0].iov_len : 0;
-        pieces[n].iov_base = loop->scratch;
-        pieces[n].iov_len = TCPSRV__SCRATCH_SIZE;
-        if (pieces[n].iov_len > most) pieces[n].iov_len = most;
-        n++;
-    }
-    return n;
-}
-
-/* The class for the next receive: as large as this one needed, and one less when it was much too
-   large. */
-static void tcpsrv__receive_adapt(tcpsrv_stream *stream, size_t size, int full) {
-    int fit = tcpsrv__class_for(full ? size * 2 : size);
-    if (fit < 0) fit = TCPSRV__CLASSES - 1;
-    if (fit > stream->in_class) stream->in_class = (unsigned char)fit;
-    else if (fit < stream->in_class) stream->in_class--;
-}
-
-static int tcpsrv__received(tcpsrv_stream *stream, const struct iovec *pieces, size_t size) {
-    tcpsrv_loop *loop = stream->source.loop;
-    int to_scratch = pieces[0].iov_base == loop->scratch;
-    size_t first = to_scratch ? 0 : size < pieces[0].iov_len ? size : pieces[0].iov_len;
-    stream->owner->stats.bytes_read += size;
-    tcpsrv__touch(stream, 0);
-    if (stream->want_kind == TCPSRV__WANT_INTO) stream->progress += first;
-    else if (stream->in && !to_scratch) stream->in->end += first;
-    if (size == first) return 0;
-    return tcpsrv__input_put(stream, loop->scratch, size - first);
-}
-
-static TCPSRV__NOINLINE void tcpsrv__read_dry(tcpsrv_stream *stream) {
+TCPSRV__INLINE void tcpsrv__read_dry(tcpsrv_stream *stream) {
     stream->readable = 0;
     if (!stream->unpolled)
-        tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd, stream->source.id,
-                             TCPSRV__EVENT_READ, &stream->armed);
+        tcpsrv__poller_rearm_read(&stream->source.loop->poller, stream->source.fd);
 }
 
-/* One receive. 0, or -ENOMEM with nothing received; all else is in the stream's flags. */
-static TCPSRV__NOINLINE int tcpsrv__receive(tcpsrv_stream *stream) {
-    struct iovec pieces[2];
-    int count = tcpsrv__receive_pieces(stream, pieces);
-    size_t asked = count ? pieces[0].iov_len + (count > 1 ? pieces[1].iov_len : 0) : 0;
-    long n;
-    if (!count) return -ENOMEM;
-    stream->receive_turn = (uint32_t)stream->source.loop->turn;
-    n = stream->io->receive(stream, pieces, count);
-    if (n > 0) {
-        tcpsrv__receive_adapt(stream, (size_t)n, (size_t)n == asked);
-        if ((size_t)n < asked && !stream->deep && !stream->ended) tcpsrv__read_dry(stream);
-        if (tcpsrv__received(stream, pieces, (size_t)n) != 0) tcpsrv__die(stream, -ENOMEM);
-    } else if (n == 0) {
+/* Nothing came. */
+static TCPSRV__NOINLINE void tcpsrv__receive_none(tcpsrv_stream *stream, long n) {
+    if (n == 0) {
         stream->eof = 1;
         stream->readable = 0;
     } else if (n == -EAGAIN || n == -EWOULDBLOCK) {
@@ -4852,11 +5016,123 @@ static TCPSRV__NOINLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     } else {
         tcpsrv__die(stream, (int)n);
     }
-    if (stream->in && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+}
+
+/* The block for the next receive is larger after one that was full, and small again after what a
+   small one could have held. */
+static TCPSRV__NOINLINE void tcpsrv__receive_adapt(tcpsrv_stream *stream, size_t size, int full) {
+    if (full) stream->bulk = stream->wide || !stream->in_stack;
+    else if (size < tcpsrv__class_size[TCPSRV__POOL_INPUT]) stream->bulk = 0;
+    stream->wide = full || size > TCPSRV__HOME_SIZE / 2;
+}
+
+TCPSRV__INLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t asked) {
+    stream->owner->stats.bytes_read += size;
+    tcpsrv__touch(stream, 0);
+    if (size < asked && !stream->deep && !stream->ended) tcpsrv__read_dry(stream);
+    if (size == asked || stream->wide) tcpsrv__receive_adapt(stream, size, size == asked);
+}
+
+/* Where the next bytes go: the caller's own memory, or behind those that the stream holds; and
+   behind that a spare block, so that one call takes whatever has come. */
+static TCPSRV__COLD int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces,
+                                               tcpsrv__block *spare) {
+    size_t most = stream->owner->options.read_chunk_size;
+    int n = 0;
+    if (stream->want_kind == TCPSRV__WANT_INTO) {
+        pieces[n].iov_base = (char *)stream->want_memory + stream->progress;
+        pieces[n++].iov_len = stream->want.size - stream->progress;
+    } else if (stream->in && stream->in->end < stream->in->capacity) {
+        pieces[n].iov_base = stream->in->data + stream->in->end;
+        pieces[n++].iov_len = stream->in->capacity - stream->in->end;
+    }
+    if (n && most < TCPSRV__GATHER_SIZE && pieces[0].iov_len > most) pieces[0].iov_len = most;
+    if (n && pieces[0].iov_len >= most) return n;
+    if (spare) {
+        most -= n ? pieces[0].iov_len : 0;
+        pieces[n].iov_base = spare->data;
+        pieces[n++].iov_len = most < spare->capacity ? most : spare->capacity;
+    }
+    return n;
+}
+
+/* What came into the spare block goes behind the rest, or becomes the input as it is. */
+static TCPSRV__COLD void tcpsrv__receive_spill(tcpsrv_stream *stream, tcpsrv__block *spare,
+                                               size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    if (size && !stream->in) {
+        spare->end = size;
+        stream->in = spare;
+        return;
+    }
+    if (size && tcpsrv__input_put(stream, spare->data, size) != 0) tcpsrv__die(stream, -ENOMEM);
+    if (spare) tcpsrv__block_give(loop, spare);
+}
+
+/* A receive with bytes before it, into the caller's memory, or not from a plain socket. */
+static TCPSRV__COLD int tcpsrv__receive_more(tcpsrv_stream *stream) {
+    tcpsrv__block *spare = tcpsrv__block_take_class(stream->source.loop, TCPSRV__POOL_INPUT);
+    struct iovec pieces[2];
+    int count = tcpsrv__receive_pieces(stream, pieces, spare);
+    size_t asked = count ? pieces[0].iov_len + (count > 1 ? pieces[1].iov_len : 0) : 0, size, first;
+    long n;
+    if (!count) return -ENOMEM;
+    n = tcpsrv__io(stream)->receive(stream, pieces, count);
+    size = n > 0 ? (size_t)n : 0;
+    first = spare && pieces[0].iov_base == spare->data ? 0 : pieces[0].iov_len;
+    if (first > size) first = size;
+    if (stream->want_kind == TCPSRV__WANT_INTO) stream->progress += first;
+    else if (first) stream->in->end += first;
+    if (size) tcpsrv__received(stream, size, asked);
+    else tcpsrv__receive_none(stream, n);
+    tcpsrv__receive_spill(stream, spare, size - first);
+    return 0;
+}
+
+/* A block to receive into: the one in the stream's own home as long as that suffices. */
+TCPSRV__INLINE tcpsrv__block *tcpsrv__receive_block(tcpsrv_stream *stream) {
+    tcpsrv__block *block;
+    if (stream->in_stack && !stream->wide) {
+        block = tcpsrv__home_of(stream);
+        block->begin = 0;
+        return block;
+    }
+    return tcpsrv__block_take_class(stream->source.loop,
+                                    stream->bulk ? TCPSRV__POOL_BULK : TCPSRV__POOL_INPUT);
+}
+
+/* One receive. 0, or -ENOMEM with nothing received; all else is in the stream's flags. */
+TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
+    tcpsrv__block *block;
+    size_t asked, most = stream->owner->options.read_chunk_size;
+    long n;
+    stream->receive_turn = (uint16_t)stream->source.loop->turn;
+    if (stream->in || stream->foreign || stream->want_kind == TCPSRV__WANT_INTO)
+        return tcpsrv__receive_more(stream);
+    block = tcpsrv__receive_block(stream);
+    if (!block) return -ENOMEM;
+    asked = most < block->capacity && !stream->bulk ? most : block->capacity;
+    n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
+    if (TCPSRV__LIKELY(n > 0)) {
+        block->end = (size_t)n;
+        stream->in = block;
+        tcpsrv__received(stream, (size_t)n, asked);
+        return 0;
+    }
+    tcpsrv__block_give(stream->source.loop, block);
+    tcpsrv__receive_none(stream, n);
     return 0;
 }
 
 /* ---- reading: requests ----------------------------------------------------------------------- */
+
+/* A read that a waiting call made, >>waiting. */
+typedef struct tcpsrv__read_wait {
+    tcpsrv__waiter waiter;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes bytes;
+    tcpsrv__place place;        /* of a failed read */
+} tcpsrv__read_wait;
 
 static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
 
@@ -4868,8 +5144,9 @@ static int tcpsrv__read_held_back(const tcpsrv_stream *stream) {
 
 /* Why a read that the buffer cannot answer, and no receive either, ends; 0: it waits. */
 static TCPSRV__COLD int tcpsrv__read_end(const tcpsrv_stream *stream) {
-    int begun = stream->in || (stream->want_kind == TCPSRV__WANT_INTO && stream->progress);
-    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    int begun = (stream->in && tcpsrv__block_size(stream->in)) ||
+                (stream->want_kind == TCPSRV__WANT_INTO && stream->progress);
+    if (stream->dead) return tcpsrv__why_dead(stream);
     if (stream->eof) return TCPSRV_EOF;
     if (stream->owner->draining < 2 - stream->spoke || begun || stream->readable ||
         stream->connecting || stream->want_kind == TCPSRV__WANT_READY)
@@ -4884,26 +5161,45 @@ static TCPSRV__COLD int tcpsrv__read_has_come(tcpsrv_stream *stream) {
     return 1;
 }
 
-static TCPSRV__COLD void tcpsrv__input_fit(tcpsrv_stream *stream) {
-    tcpsrv__block *fit = tcpsrv__block_fit(stream->source.loop, stream->in, stream->in->begin, 0);
-    if (fit) stream->in = fit;
+/* Into a block of its size; the loop's inbox is given away where it is well filled. */
+static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__block *in = stream->in, *fit = NULL;
+    int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
+    if (loose) fit = tcpsrv__block_fit(loop, in, in->begin, 0);
+    if (fit) {
+        stream->in = fit;
+    } else if (in->pool == TCPSRV__POOL_INBOX) {
+        in->pool = TCPSRV__POOL_INPUT;
+        loop->inbox = NULL;
+    }
 }
 
 /* What a stream holds stays within the promise, while somebody looks at it and while it waits. */
-static void tcpsrv__input_trim(tcpsrv_stream *stream) {
-    if (tcpsrv__block_is_loose(stream->in, tcpsrv__block_size(stream->in)))
+TCPSRV__INLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
+    if (stream->in->pool == TCPSRV__POOL_INBOX ||
+        tcpsrv__block_is_loose(stream->in, tcpsrv__block_size(stream->in)))
         tcpsrv__input_fit(stream);
 }
 
-/* Hands out so many bytes of the buffer. */
-static void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+/* Input that nobody looks at is kept in memory of its size, or not at all. */
+TCPSRV__INLINE void tcpsrv__input_settle(tcpsrv_stream *stream) {
+    if (!stream->in || stream->viewed) return;
+    if (stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+    else tcpsrv__input_trim(stream);
+}
+
+/* Hands out so many bytes of the buffer. A callback has done with them when it returns; a
+   coroutine looks at them as long as it likes. */
+TCPSRV__INLINE void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
     tcpsrv__block *in;
-    bytes->data = "";
-    bytes->size = size;
-    if (!size) return;
-    tcpsrv__input_trim(stream);
+    if (stream->read_fn == tcpsrv__await_done) {
+        tcpsrv__input_trim(stream);
+        stream->viewed = 1;
+    }
     in = stream->in;
     bytes->data = in->data + in->begin;
+    bytes->size = size;
     in->begin += size;
 }
 
@@ -4919,8 +5215,8 @@ static TCPSRV__COLD void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
     if (in->begin == in->end) tcpsrv__input_free(stream);
 }
 
-/* Whether the buffer ends the waiting read, by its bytes or by a code. */
-static int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+static TCPSRV__NOINLINE int tcpsrv__read_match_other(tcpsrv_stream *stream, int *err,
+                                                     tcpsrv_bytes *bytes) {
     int64_t n;
     int empty = 0;
     *err = 0;
@@ -4938,24 +5234,46 @@ static int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *byt
     return n != 0 || empty;
 }
 
-/* Tries to end the waiting read. 1: with *err and *bytes; 0: it waits. */
-static int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+/* Whether the buffer ends the waiting read, by its bytes or by a code. */
+TCPSRV__INLINE int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+    tcpsrv__block *in = stream->in;
+    size_t end, size;
+    if (!TCPSRV__LIKELY(stream->want_kind == TCPSRV__WANT_CHAR))
+        return tcpsrv__read_match_other(stream, err, bytes);
+    size = tcpsrv__block_size(in);
+    end = tcpsrv__match_char(stream, in->data + in->begin, size);
+    *err = 0;
+    if (TCPSRV__LIKELY(end && end <= stream->want_max)) {
+        tcpsrv__view(stream, end, bytes);
+        return 1;
+    }
+    if (!end && size <= stream->want_max) return 0;
+    *err = TCPSRV_ETOOBIG;
+    return 1;
+}
+
+/* The buffer has no answer, and the stream not a byte more for now. */
+static TCPSRV__NOINLINE int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) {
+    *err = tcpsrv__read_end(stream);
+    if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
+    if (*err) return 1;
+    tcpsrv__input_settle(stream);
+    if (stream->readable && !stream->connecting) tcpsrv__make_ready(&stream->source);
+    return 0;
+}
+
+/* Tries to end the waiting read: with the buffer, and with what one receive a turn brings. 1: with
+   *err and *bytes; 0: it waits. */
+TCPSRV__INLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
     for (;;) {
-        if (tcpsrv__read_match(stream, err, bytes)) {
+        if ((stream->in || stream->want_kind > TCPSRV__WANT_SOME) &&
+            tcpsrv__read_match(stream, err, bytes)) {
             if (stream->want_kind != TCPSRV__WANT_READY) stream->spoke = 1;
             return 1;
         }
-        *err = tcpsrv__read_end(stream);
-        if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
-        if (*err) return 1;
-        if (!stream->readable || stream->connecting) {
-            if (stream->in) tcpsrv__input_trim(stream);
-            return 0;
-        }
-        if (stream->receive_turn == (uint32_t)stream->source.loop->turn) {
-            tcpsrv__make_ready(&stream->source);
-            return 0;
-        }
+        if (!stream->readable || stream->dead || stream->eof || stream->connecting ||
+            stream->receive_turn == (uint16_t)stream->source.loop->turn)
+            return tcpsrv__read_stuck(stream, err);
         *err = tcpsrv__receive(stream);
         if (*err) return 1;
     }
@@ -4969,19 +5287,25 @@ static TCPSRV__COLD void tcpsrv__read_put_back(tcpsrv_stream *stream) {
     stream->progress = 0;
 }
 
-/* Ends the waiting read: the only place. Its callback may do anything to the stream. */
-static void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes) {
-    tcpsrv_read_fn *fn = stream->read_fn;
-    stream->read_fn = NULL;
+/* What an end without bytes, or with a deadline, has to put in order. */
+static TCPSRV__NOINLINE void tcpsrv__read_ended(tcpsrv_stream *stream, int err) {
     stream->cancelled = 0;
     if (stream->extra) stream->extra->read_due = 0;
+    if (!err) return;
+    tcpsrv__read_put_back(stream);
+    if (stream->dead && stream->read_fn != tcpsrv__await_done) stream->told = 1;
+}
+
+/* Ends the waiting read: the only place. Its callback may do anything to the stream. */
+TCPSRV__INLINE void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes) {
+    tcpsrv_read_fn *fn = stream->read_fn;
+    if (err || stream->extra || stream->cancelled) tcpsrv__read_ended(stream, err);
     if (err) {
-        tcpsrv__read_put_back(stream);
         bytes.data = "";
         bytes.size = 0;
-        if (stream->dead && fn != tcpsrv__await_done) stream->told = 1;
         tcpsrv__fail_making(stream, err);
     }
+    stream->read_fn = NULL;
     fn(stream, err, bytes, stream->read_arg);
 }
 
@@ -4990,21 +5314,33 @@ static TCPSRV__COLD void tcpsrv__read_fail(tcpsrv_stream *stream, int err) {
     tcpsrv__read_complete(stream, err, none);
 }
 
-/* Serves the stream's reads as long as there is something for them; a busy pipeline yields. */
+/* Whether a read that was just begun can only wait. */
+TCPSRV__INLINE int tcpsrv__read_must_wait(const tcpsrv_stream *stream) {
+    return !stream->readable && !stream->eof && !stream->dead && !stream->closing &&
+           (!stream->in || stream->in->begin == stream->in->end) &&
+           stream->want_kind <= TCPSRV__WANT_SOME && !stream->owner->draining;
+}
+
+/* Serves the stream's reads as long as there is something for them; a busy pipeline yields. A
+   coroutine that got its bytes has gone on until it had to wait itself. */
 static void tcpsrv__input_step(tcpsrv_stream *stream) {
     tcpsrv_bytes bytes;
-    int err, n = 0;
+    int err, waited, n = 0;
     stream->burst = 0;
-    while (stream->read_fn && !stream->closing && !tcpsrv__read_held_back(stream)) {
+    while (stream->read_fn && !stream->closing && !stream->cancelled &&
+           !tcpsrv__read_held_back(stream)) {
         if (n++ == TCPSRV__BURST) {
             tcpsrv__make_ready(&stream->source);
             break;
         }
         if (!tcpsrv__read_try(stream, &err, &bytes)) break;
+        waited = stream->read_fn == tcpsrv__await_done;
+        stream->stepping = !waited && !(stream->extra && stream->extra->read_ns);
         tcpsrv__read_complete(stream, err, bytes);
+        stream->stepping = 0;
+        if (waited || !stream->read_fn || tcpsrv__read_must_wait(stream)) break;
     }
-    if (stream->in && stream->in->begin == stream->in->end && !stream->held)
-        tcpsrv__input_free(stream);
+    tcpsrv__input_settle(stream);
 }
 
 static TCPSRV__COLD int tcpsrv__read_deadline(tcpsrv_stream *stream) {
@@ -5018,17 +5354,18 @@ static TCPSRV__COLD int tcpsrv__read_deadline(tcpsrv_stream *stream) {
 }
 
 /* Whether a read may begin; makes it the stream's. */
-static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tcpsrv_read_fn *fn,
-                              void *arg) {
+TCPSRV__INLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want,
+                                      tcpsrv_read_fn *fn, void *arg) {
     size_t most = stream->owner->options.max_buffer_size;
     if (stream->closing) return TCPSRV_ECLOSED;
     if (stream->read_fn) return TCPSRV_EBUSY;
-    if (!want->kind || (want->kind == TCPSRV__WANT_UNTIL && !want->size)) return -EINVAL;
-    if (want->kind == TCPSRV__WANT_EXACTLY && want->size > most) return TCPSRV_ETOOBIG;
-    if (stream->in && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
-    stream->want_kind = (unsigned char)want->kind;
-    stream->want.size = want->size;
-    if (want->kind == TCPSRV__WANT_FRAME) stream->want.find_end = want->find_end;
+    if (!want->kind) return -EINVAL;
+    if (want->kind == TCPSRV__WANT_EXACTLY && want->extent.size > most) return TCPSRV_ETOOBIG;
+    if (stream->in && stream->in->begin == stream->in->end && !stream->stepping)
+        tcpsrv__input_free(stream);
+    stream->viewed = 0;
+    stream->want_kind = (uint8_t)want->kind;
+    stream->want = want->extent;
     stream->want_max = want->max ? want->max : most;
     stream->want_memory = want->memory;
     stream->progress = 0;
@@ -5038,22 +5375,39 @@ static int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want, tc
 }
 
 /* Whether there is something to try a read against without waiting for the poller. */
-static TCPSRV__NOINLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
+TCPSRV__INLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
     return stream->in || stream->eof || stream->dead || stream->readable ||
            stream->owner->draining || stream->want_kind == TCPSRV__WANT_READY ||
-           (stream->want.size == 0 && stream->want_kind != TCPSRV__WANT_SOME);
+           (stream->want_kind > TCPSRV__WANT_SOME && stream->want.size == 0);
 }
 
-TCPSRV_HOT int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
-                            void *arg) {
+static TCPSRV__NOINLINE int tcpsrv__read_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
+                                                tcpsrv_read_fn *fn, void *arg) {
     int err = tcpsrv__read_begin(stream, &want, fn, arg);
     if (err) return tcpsrv__fail_at(err, "read", stream);
-    if (tcpsrv__read_is_due(stream)) tcpsrv__make_ready(&stream->source);
+    if (!stream->stepping && tcpsrv__read_is_due(stream)) tcpsrv__make_ready(&stream->source);
+    return 0;
+}
+
+/* The next read of a callback that was called for the last one: looked at when it returns. */
+TCPSRV_FAST int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn,
+                            void *arg) {
+    if (!stream->stepping || stream->read_fn ||
+        (unsigned)want.kind - 1u >= (unsigned)TCPSRV__WANT_SOME)
+        return tcpsrv__read_anyhow(stream, want, fn, arg);
+    stream->want_kind = (uint8_t)want.kind;
+    stream->want = want.extent;
+    stream->want_max = want.max ? want.max : stream->owner->options.max_buffer_size;
+    stream->want_memory = want.memory;
+    stream->progress = 0;
+    stream->read_fn = fn;
+    stream->read_arg = arg;
     return 0;
 }
 
 TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
     if (!stream->read_fn) return;
+    tcpsrv__uncork(stream);
     stream->cancelled = 1;
     tcpsrv__make_ready(&stream->source);
 }
@@ -5067,37 +5421,37 @@ TCPSRV_HOT size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) 
 
 /* ---- read values ----------------------------------------------------------------------------- */
 
-static tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *memory) {
+TCPSRV__INLINE tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *memory) {
     tcpsrv_want want;
     want.kind = kind;
-    want.size = size;
+    want.extent.size = size;
     want.max = max;
     want.memory = (void *)(uintptr_t)memory;
-    want.find_end = NULL;
     return want;
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
-    return tcpsrv__want(TCPSRV__WANT_UNTIL, strlen(delimiter), max, delimiter);
+TCPSRV_FAST tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
+    int kind = size > 1 ? TCPSRV__WANT_UNTIL : size ? TCPSRV__WANT_CHAR : 0;
+    return tcpsrv__want(kind, size, max, delimiter);
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
-    return tcpsrv__want(TCPSRV__WANT_UNTIL, size, max, delimiter);
+TCPSRV_FAST tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
+    return tcpsrv_until_mem(delimiter, strlen(delimiter), max);
 }
 
 TCPSRV_IMPL tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max) {
     return tcpsrv__want(TCPSRV__WANT_REGEX, 1, max, regex);
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_exactly(size_t size) {
+TCPSRV_FAST tcpsrv_want tcpsrv_exactly(size_t size) {
     return tcpsrv__want(TCPSRV__WANT_EXACTLY, size, 0, NULL);
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_some(size_t max) {
+TCPSRV_FAST tcpsrv_want tcpsrv_some(size_t max) {
     return tcpsrv__want(TCPSRV__WANT_SOME, 1, max, NULL);
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_into(void *memory, size_t size) {
+TCPSRV_FAST tcpsrv_want tcpsrv_into(void *memory, size_t size) {
     return tcpsrv__want(TCPSRV__WANT_INTO, size, 0, memory);
 }
 
@@ -5105,9 +5459,9 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_until_close(size_t max) {
     return tcpsrv__want(TCPSRV__WANT_CLOSE, 1, max, NULL);
 }
 
-TCPSRV_HOT tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
-    tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 1, max, arg);
-    want.find_end = find_end;
+TCPSRV_FAST tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
+    tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 0, max, arg);
+    want.extent.find_end = find_end;
     return want;
 }
 
@@ -5120,37 +5474,38 @@ TCPSRV_IMPL tcpsrv_want tcpsrv_ready(void) {
 static TCPSRV__COLD void tcpsrv__write_dry(tcpsrv_stream *stream) {
     int err;
     if (stream->unpolled) return; /* nobody would tell: the next try says why */
-    stream->writable = 0;
+    stream->blocked = 1;
     tcpsrv__queue_trim(stream->source.loop, &stream->out);
-    err = tcpsrv__poller_rearm(&stream->source.loop->poller, stream->source.fd,
-                               stream->source.id, TCPSRV__EVENT_WRITE, &stream->armed);
-    if (err) tcpsrv__die(stream, err);
+    err = tcpsrv__poller_rearm_write(&stream->source.loop->poller, stream->source.fd,
+                                     stream->source.id, stream->armed);
+    if (err > 0) stream->armed = 1;
+    if (err < 0) tcpsrv__die(stream, err);
 }
 
-/* A piece of a file by way of the scratch, where the system has nothing better. */
+/* A piece of a file by way of a block, where the system has nothing better. */
 static TCPSRV__COLD long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv__block *block,
                                              size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__block *spare = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
     struct iovec piece;
     long n;
-    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
-    if (!loop->scratch) return -ENOMEM;
-    if (size > TCPSRV__SCRATCH_SIZE) size = TCPSRV__SCRATCH_SIZE;
-    n = tcpsrv__sys_pread(block->file, loop->scratch, size,
-                          block->offset + (int64_t)block->begin);
-    if (n <= 0) return n;
-    piece.iov_base = loop->scratch;
-    piece.iov_len = (size_t)n;
-    return stream->io->transmit(stream, &piece, 1);
+    if (!spare) return -ENOMEM;
+    if (size > spare->capacity) size = spare->capacity;
+    n = tcpsrv__sys_pread(block->file, spare->data, size, block->offset + (int64_t)block->begin);
+    piece.iov_base = spare->data;
+    piece.iov_len = n > 0 ? (size_t)n : 0;
+    if (n > 0) n = tcpsrv__io(stream)->transmit(stream, &piece, 1);
+    tcpsrv__block_give(loop, spare);
+    return n;
 }
 
 static TCPSRV__COLD long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked) {
-    const tcpsrv__block *block = stream->out.first;
+    const tcpsrv__block *block = tcpsrv__queue_first(&stream->out);
     size_t size = tcpsrv__block_size(block);
     long n = -ENOTSUP;
     if (size > TCPSRV__SEND_SIZE) size = TCPSRV__SEND_SIZE;
     *asked = 1; /* how much went is no sign of a full buffer: only -EAGAIN is */
-    if (stream->io == &tcpsrv__plain)
+    if (!stream->foreign)
         n = tcpsrv__sys_sendfile(stream->source.fd, block->file,
                                  block->offset + (int64_t)block->begin, size);
     if (n == -ENOTSUP) n = tcpsrv__send_copied(stream, block, size);
@@ -5159,10 +5514,7 @@ static TCPSRV__COLD long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked)
 
 static TCPSRV__COLD void tcpsrv__output_emptied(tcpsrv_stream *stream) {
     if (stream->extra) stream->extra->write_due = 0;
-    if (stream->shut_wanted && !stream->shut) {
-        stream->shut = 1;
-        stream->io->shut(stream);
-    }
+    if (stream->shut_wanted && !stream->shut) tcpsrv__shut(stream);
     if (stream->closing) tcpsrv__make_ready(&stream->source);
 }
 
@@ -5176,31 +5528,63 @@ static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
         tcpsrv__make_ready(&stream->source);
 }
 
+/* What a send of so many bytes gave. */
+static TCPSRV__NOINLINE void tcpsrv__output_result(tcpsrv_stream *stream, long n, size_t asked) {
+    if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
+    if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
+        tcpsrv__write_dry(stream);
+    else if (n < 0)
+        tcpsrv__die(stream, (int)n);
+}
+
 /* One send of what is queued; the rest goes in later turns, so that a large write yields. */
-static void tcpsrv__output_step(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__output_step(tcpsrv_stream *stream) {
     struct iovec pieces[TCPSRV__SEND_PIECES];
+    tcpsrv__block *first = tcpsrv__queue_first(&stream->out);
     size_t asked;
     long n;
     if (stream->dead || stream->connecting) return;
-    if (stream->out.first && !tcpsrv__block_size(stream->out.first)) /* marks that are reached */
+    if (first && !tcpsrv__block_size(first)) /* marks that are reached */
         tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
-    if ((stream->out.size || stream->owes) && stream->writable) {
+    if ((stream->out.size || stream->owes) && !stream->blocked) {
         int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
-        n = count || !stream->out.size ? stream->io->transmit(stream, pieces, count)
+        n = count || !stream->out.size ? tcpsrv__io(stream)->transmit(stream, pieces, count)
                                        : tcpsrv__send_file(stream, &asked);
-        if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
-        if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
-            tcpsrv__write_dry(stream);
-        else if (n < 0)
-            tcpsrv__die(stream, (int)n);
+        tcpsrv__output_result(stream, n, asked);
     }
     if (stream->dead) return;
-    if (!stream->out.first && !stream->owes) tcpsrv__output_emptied(stream);
-    else if (stream->writable) tcpsrv__make_ready(&stream->source);
+    if (!stream->out.last && !stream->owes) tcpsrv__output_emptied(stream);
+    else if (!stream->blocked) tcpsrv__make_ready(&stream->source);
 }
 
+static TCPSRV__COLD void tcpsrv__output_touch(tcpsrv_stream *stream) {
+    tcpsrv__touch_deadlines(stream, 1);
+    stream->extra->write_due = 0;
+}
+
+/* The common end of a run: one block, and the kernel takes all of it. */
 static void tcpsrv__stream_flush(tcpsrv__source *source) {
-    tcpsrv__output_step(tcpsrv__stream_of(source));
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    tcpsrv__block *block = stream->out.last;
+    size_t size = stream->out.size;
+    long n;
+    if (!block || block->next != block || block->pool < 0 || stream->blocked || stream->dead ||
+        stream->connecting || stream->foreign || stream->shut_wanted || stream->closing ||
+        size > stream->owner->gather_max) {
+        tcpsrv__output_step(stream);
+        return;
+    }
+    n = tcpsrv__sys_send_one(source->fd, block->data + block->begin, size);
+    if (!TCPSRV__LIKELY(n == (long)size)) {
+        tcpsrv__output_result(stream, n, size);
+        if (!stream->dead && stream->out.last && !stream->blocked) tcpsrv__make_ready(source);
+        return;
+    }
+    stream->owner->stats.bytes_written += size;
+    stream->out.last = NULL;
+    stream->out.size = 0;
+    tcpsrv__block_give(source->loop, block);
+    if (stream->extra) tcpsrv__output_touch(stream);
 }
 
 /* Before anything is queued, so that a failure leaves nothing behind. Without output it is moot. */
@@ -5230,7 +5614,7 @@ static int tcpsrv__output_push(tcpsrv_stream *stream, tcpsrv__block *block) {
 
 static TCPSRV__NOINLINE int tcpsrv__may_write(const tcpsrv_stream *stream) {
     if (stream->closing || stream->shut_wanted) return TCPSRV_ECLOSED;
-    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    if (stream->dead) return tcpsrv__why_dead(stream);
     return 0;
 }
 
@@ -5255,9 +5639,9 @@ static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *str
                                     const void *data, size_t size) {
     memset(wait, 0, sizeof *wait);
     wait->block.data = (char *)(uintptr_t)data;
-    wait->block.end = size;
+    wait->block.capacity = wait->block.end = size;
     wait->block.file = -1;
-    wait->block.pool = -1;
+    wait->block.pool = TCPSRV__POOL_NONE;
     wait->block.awaited = size > 0;
     wait->block.done = tcpsrv__write_done;
     wait->waiter.cancel = tcpsrv__write_cancel;
@@ -5291,11 +5675,9 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
     tcpsrv__output_step(stream);
     if (wait.waiter.done) return wait.waiter.result;
     sent = wait.block.begin;
-    for (before = out->first; before != &wait.block && before->next != &wait.block;)
-        before = before->next;
-    if (before == &wait.block) out->first = before = NULL;
-    else before->next = NULL;
-    out->last = before;
+    for (before = out->last; before->next != &wait.block;) before = before->next;
+    before->next = wait.block.next;
+    out->last = before == &wait.block ? NULL : before;
     out->size -= size - sent;
     err = tcpsrv__queue_append(loop, out, (const char *)data + sent, size - sent);
     if (err && sent) {
@@ -5313,7 +5695,7 @@ static int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t siz
     if (queued > stream->owner->options.max_write_buffer_size &&
         tcpsrv__queue_memory(&stream->out) + size > stream->owner->options.max_write_buffer_size)
         return TCPSRV_EBUFFULL;
-    if (queued > TCPSRV__GATHER_SIZE && stream->writable && !stream->connecting)
+    if (queued > TCPSRV__GATHER_SIZE && !stream->blocked && !stream->connecting)
         return tcpsrv__write_large(stream, data, size);
     return tcpsrv__output_append(stream, data, size);
 }
@@ -5361,18 +5743,20 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
     tcpsrv__flush_call *call;
     int err = stream->closing ? TCPSRV_ECLOSED : 0;
     if (err) return tcpsrv__fail_at(err, "on_flush", stream);
+    tcpsrv__uncork(stream);
     call = (tcpsrv__flush_call *)tcpsrv__alloc(sizeof *call);
     if (!call || !tcpsrv__extra_make(stream)) {
         tcpsrv__free(call);
         return tcpsrv__fail_at(-ENOMEM, "on_flush", stream);
     }
-    call->block.file = call->block.pool = -1;
+    call->block.file = -1;
+    call->block.pool = TCPSRV__POOL_NONE;
     call->block.done = tcpsrv__flush_call_done;
     call->stream = stream;
     call->fn = fn;
     call->arg = arg;
     if (stream->dead) {
-        tcpsrv__flush_call_done(&call->block, stream->error ? stream->error : TCPSRV_ECLOSED);
+        tcpsrv__flush_call_done(&call->block, tcpsrv__why_dead(stream));
     } else {
         tcpsrv__queue_push(&stream->out, &call->block);
         tcpsrv__make_flushing(&stream->source);
@@ -5381,7 +5765,9 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
 }
 
 TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
-    int err = tcpsrv__write_now(stream, data, size);
+    int err;
+    tcpsrv__uncork(stream);
+    err = tcpsrv__write_now(stream, data, size);
     return err ? tcpsrv__fail_at(err, "write", stream) : 0;
 }
 
@@ -5389,8 +5775,9 @@ TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t 
 
 TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
-    if (!err && !stream->io->half_closes) err = -ENOTSUP;
+    if (!err && !tcpsrv__io(stream)->half_closes) err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
+    tcpsrv__uncork(stream);
     stream->shut_wanted = 1;
     tcpsrv__make_flushing(&stream->source);
     return 0;
@@ -5398,7 +5785,9 @@ TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
 
 TCPSRV_HOT void tcpsrv_close(tcpsrv_stream *stream) {
     if (stream->closing) return;
+    tcpsrv__uncork(stream);
     stream->closing = 1;
+    stream->stepping = 0;
     if (tcpsrv__queue_has_borrowed(&stream->out)) {
         stream->aborting = 1;
         tcpsrv__die(stream, TCPSRV_ECLOSED);
@@ -5408,6 +5797,7 @@ TCPSRV_HOT void tcpsrv_close(tcpsrv_stream *stream) {
 
 TCPSRV_IMPL void tcpsrv_abort(tcpsrv_stream *stream) {
     stream->closing = stream->aborting = 1;
+    stream->stepping = 0;
     tcpsrv__die(stream, TCPSRV_ECLOSED);
     tcpsrv__make_ready(&stream->source);
 }
@@ -5423,26 +5813,27 @@ TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void
 /* Late input is swallowed, so that closing does not answer it with a reset. */
 static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__block *spare = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
     struct iovec piece;
     char few[512];              /* enough where there is no memory */
     long n;
-    if (!loop->scratch) loop->scratch = (char *)TCPSERVER_REALLOC(NULL, TCPSRV__SCRATCH_SIZE);
-    piece.iov_base = loop->scratch ? loop->scratch : few;
-    piece.iov_len = loop->scratch ? (size_t)TCPSRV__SCRATCH_SIZE : sizeof few;
-    n = stream->io->receive(stream, &piece, 1);
+    piece.iov_base = spare ? spare->data : few;
+    piece.iov_len = spare ? spare->capacity : sizeof few;
+    n = tcpsrv__io(stream)->receive(stream, &piece, 1);
+    if (spare) tcpsrv__block_give(loop, spare);
     if (n == -EAGAIN || n == -EWOULDBLOCK) {
         tcpsrv__read_dry(stream);
         return;
     }
-    stream->linger_left -= (int)n;
-    if (n <= 0 || stream->linger_left <= 0) tcpsrv__die(stream, 0);
+    stream->extra->linger_left -= (int)n;
+    if (n <= 0 || stream->extra->linger_left <= 0) tcpsrv__die(stream, 0);
     else tcpsrv__make_ready(&stream->source);
 }
 
 static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
     stream->lingering = 1;
-    stream->linger_left = TCPSRV__LINGER_SIZE;
     stream->readable = 1;
+    stream->extra->linger_left = TCPSRV__LINGER_SIZE;
     stream->extra->linger_due = stream->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__LINGER_MS);
     tcpsrv__alarm_arm(stream);
     tcpsrv__linger_step(stream);
@@ -5460,19 +5851,17 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     tcpsrv__input_free(stream);
     if (stream->dead) return;
-    if (stream->out.first || stream->owes) tcpsrv__output_step(stream);
+    if (stream->out.last || stream->owes) tcpsrv__output_step(stream);
     if (stream->dead) return;
-    if (!stream->out.first &&
-        (stream->eof || stream->connecting || !stream->io->is_socket)) {
+    if (!stream->out.last && (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__close_deadline(stream) != 0) {
-        stream->aborting = stream->out.first != NULL;
+        stream->aborting = stream->out.last != NULL;
         tcpsrv__die(stream, -ENOMEM);
     } else if (stream->lingering) {
         if (stream->readable) tcpsrv__linger_step(stream);
-    } else if (!stream->out.first) {
-        if (!stream->shut) stream->io->shut(stream);
-        stream->shut = 1;
+    } else if (!stream->out.last) {
+        if (!stream->shut) tcpsrv__shut(stream);
         tcpsrv__linger_begin(stream);
     }
 }
@@ -5501,12 +5890,12 @@ static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__run_marks(stream);
-    if (stream->connecting && stream->io->prepare) stream->io->prepare(stream);
+    if (stream->connecting && tcpsrv__io(stream)->prepare) tcpsrv__io(stream)->prepare(stream);
     if (stream->read_fn && stream->closing) tcpsrv__read_fail(stream, TCPSRV_ECLOSED);
     else if (stream->read_fn && stream->cancelled) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
     if (stream->read_fn) tcpsrv__input_step(stream);
     if (stream->closing) tcpsrv__close_step(stream);
-    else if (stream->out.first || stream->owes || stream->shut_wanted)
+    else if (stream->out.last || stream->owes || stream->shut_wanted)
         tcpsrv__output_step(stream);
     tcpsrv__run_marks(stream);
     if (stream->dead) tcpsrv__dead_step(stream);
@@ -5518,23 +5907,136 @@ static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
 static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
     int err;
     if (stream->read_fn || tcpsrv__sys_unread(stream->source.fd) > 0) return;
-    err = stream->io->is_socket ? tcpsrv__socket_error(stream->source.fd) : -EPIPE;
+    err = tcpsrv__io(stream)->is_socket ? tcpsrv__socket_error(stream->source.fd) : -EPIPE;
     if (err) tcpsrv__die(stream, err);
 }
 
-static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
-    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+static TCPSRV__NOINLINE void tcpsrv__stream_told(tcpsrv_stream *stream, int events) {
     if (stream->dead) return;
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
     if (events & TCPSRV__EVENT_URGENT) stream->deep = 1;
-    if (events & TCPSRV__EVENT_WRITE) stream->writable = 1;
-    if (stream->connecting && stream->io->prepare) stream->io->prepare(stream);
-    if ((events & TCPSRV__EVENT_WRITE) && (stream->out.first || stream->owes))
+    if (events & TCPSRV__EVENT_WRITE) stream->blocked = 0;
+    if (stream->connecting && tcpsrv__io(stream)->prepare) tcpsrv__io(stream)->prepare(stream);
+    if ((events & TCPSRV__EVENT_WRITE) && (stream->out.last || stream->owes))
         tcpsrv__output_step(stream);
     if (stream->read_fn && !stream->cancelled && !stream->closing) tcpsrv__input_step(stream);
     if ((events & TCPSRV__EVENT_ERROR) && !stream->dead) tcpsrv__error_told(stream);
-    if (stream->closing || stream->dead) tcpsrv__make_ready(source);
+    if (stream->closing || stream->dead) tcpsrv__make_ready(&stream->source);
+}
+
+/* What the corked stream's callbacks or coroutine have written. */
+TCPSRV__INLINE void tcpsrv__uncork_send(tcpsrv_loop *loop, tcpsrv_stream *stream) {
+    tcpsrv__block *box = loop->outbox;
+    long size = loop->outbox_at - box->data, n;
+    if (!size) {
+        loop->corked = NULL;
+        return;
+    }
+    n = tcpsrv__sys_send_one(stream->source.fd, box->data, (size_t)size);
+    if (TCPSRV__LIKELY(n == size)) {
+        tcpsrv__outbox_clear(loop, box);
+        loop->corked = NULL;
+        stream->owner->stats.bytes_written += (size_t)size;
+        return;
+    }
+    tcpsrv__uncork_now(loop);
+    tcpsrv__output_result(stream, n, (size_t)size);
+}
+
+/* Calls back for one message after the other, as long as nothing but that happens; the rest is the
+   long way's. */
+TCPSRV__INLINE void tcpsrv__deliver(tcpsrv_loop *loop, tcpsrv_stream *stream, tcpsrv__block *in,
+                                    size_t size) {
+    const char *data = in->data;
+    int left = TCPSRV__BURST;
+    stream->stepping = stream->spoke = 1;
+    while (stream->want_kind == TCPSRV__WANT_CHAR) {
+        tcpsrv_read_fn *fn = stream->read_fn;
+        tcpsrv_bytes bytes;
+        const char *found;
+        found = (const char *)memchr(data, *(const char *)stream->want_memory, size);
+        if (!found) break;
+        bytes.data = data;
+        bytes.size = (size_t)(found + 1 - data);
+        if (bytes.size > stream->want_max) break;
+        size -= bytes.size;
+        in->begin += bytes.size;
+        data = found + 1;
+        stream->read_fn = NULL;
+        fn(stream, 0, bytes, stream->read_arg);
+        if (!stream->read_fn || loop->corked != stream || !size || !--left) break;
+    }
+    stream->stepping = 0;
+    if (!size && loop->corked == stream && !stream->readable &&
+        stream->want_kind <= TCPSRV__WANT_SOME)
+        stream->in = NULL;
+    else
+        tcpsrv__input_step(stream);
+}
+
+/* Resumes the coroutine that waits for a message, which goes on until it waits again. */
+TCPSRV__INLINE void tcpsrv__deliver_awaited(tcpsrv_stream *stream, tcpsrv__block *in, size_t size) {
+    tcpsrv__read_wait *wait;
+    tcpsrv_bytes bytes;
+    const char *found = NULL;
+    if (stream->want_kind == TCPSRV__WANT_CHAR)
+        found = (const char *)memchr(in->data, *(const char *)stream->want_memory, size);
+    size = (size_t)(found - in->data) + 1;
+    if (!found || size > stream->want_max) {
+        tcpsrv__input_step(stream);
+        return;
+    }
+    stream->spoke = 1;
+    tcpsrv__view(stream, size, &bytes);
+    wait = (tcpsrv__read_wait *)stream->read_arg;
+    wait->bytes = bytes;
+    stream->read_fn = NULL;
+    tcpsrv__waiter_resume(&wait->waiter, 0);
+}
+
+/* A message's usual way in one piece: bytes have come for a stream that has none, whose read waits,
+   and that has nothing to send. */
+TCPSRV__INLINE void tcpsrv__serve_straight(tcpsrv_loop *loop, tcpsrv_stream *stream) {
+    int at_home = stream->in_stack && !stream->wide, full;
+    tcpsrv__block *block = at_home ? tcpsrv__home_of(stream) : loop->inbox;
+    size_t asked = at_home ? (size_t)TCPSRV__HOME_SIZE : stream->owner->receive_max;
+    long n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
+    if (n <= 0) {
+        tcpsrv__receive_none(stream, n);
+        tcpsrv__input_step(stream);
+        return;
+    }
+    block->begin = 0;
+    block->end = (size_t)n;
+    stream->in = block;
+    stream->owner->stats.bytes_read += (size_t)n;
+    full = (size_t)n == asked;
+    if (full || stream->wide) tcpsrv__receive_adapt(stream, (size_t)n, full);
+    stream->readable = full != 0;
+    if (full) stream->receive_turn = (uint16_t)loop->turn;
+    else tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
+    loop->corked = stream;
+    if (stream->read_fn == tcpsrv__await_done) tcpsrv__deliver_awaited(stream, block, (size_t)n);
+    else tcpsrv__deliver(loop, stream, block, (size_t)n);
+    if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
+    if (stream->extra) tcpsrv__touch_deadlines(stream, 1);
+}
+
+static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
+    tcpsrv_loop *loop = source->loop;
+    if (TCPSRV__LIKELY(events == TCPSRV__EVENT_READ && stream->read_fn && !stream->in &&
+                       !stream->out.last && stream->want_kind <= TCPSRV__WANT_SOME &&
+                       !(stream->dead || stream->closing || stream->cancelled ||
+                         stream->connecting || stream->unpolled || stream->ended || stream->deep ||
+                         stream->foreign || stream->shut_wanted || stream->blocked ||
+                         stream->bulk || stream->winding)) &&
+        (!stream->extra || !(stream->extra->read_ns | stream->extra->write_ns)) &&
+        ((loop->inbox && loop->outbox) || tcpsrv__boxes_make(loop)))
+        tcpsrv__serve_straight(loop, stream);
+    else
+        tcpsrv__stream_told(stream, events);
 }
 
 /* 1: the deadline has passed, and is none any more. */
@@ -5559,7 +6061,7 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     } else if (tcpsrv__passed(loop, &extra->handshake_due)) {
         stats->timeouts_handshake++;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
-    } else if (tcpsrv__passed(loop, &extra->write_due) && stream->out.first) {
+    } else if (tcpsrv__passed(loop, &extra->write_due) && stream->out.last) {
         stats->timeouts_write++;
         stream->aborting = 1;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
@@ -5600,9 +6102,10 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
     int err = tcpsrv__source_init(&stream->source, &tcpsrv__stream_class, loop, fd);
     if (err) return err;
     stream->owner = owner;
-    stream->io = &tcpsrv__plain;
-    stream->readable = stream->writable = 1;
-    stream->receive_turn = (uint32_t)loop->turn - 1;
+    stream->winding = owner->draining || owner->gather_max < TCPSRV__GATHER_SIZE;
+    stream->readable = 1;
+    stream->blocked = 0;
+    stream->receive_turn = (uint16_t)(loop->turn - 1);
     if (owner->idle_ns) {
         err = tcpsrv__extra_make(stream) ? 0 : -ENOMEM;
         if (!err) stream->extra->idle_due = loop->now + owner->idle_ns;
@@ -5615,7 +6118,7 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
         err = 0;
     }
     if (!err) {
-        stream->armed = (unsigned char)directions;
+        stream->armed = (directions & TCPSRV__EVENT_WRITE) != 0;
         return 0;
     }
     if (stream->extra) tcpsrv__timer_cancel(loop, &stream->extra->alarm);
@@ -5630,15 +6133,16 @@ static TCPSRV__COLD int tcpsrv__stream_adopt(tcpsrv_stream *stream, int fd) {
     int directions = TCPSRV__EVENT_READ | TCPSRV__EVENT_WRITE;
     stream->source.fd = fd;
     stream->connecting = 0;
-    stream->armed = (unsigned char)directions;
-    stream->readable = stream->writable = 1;
+    stream->armed = 1;
+    stream->readable = 1;
+    stream->blocked = 0;
     tcpsrv__make_ready(&stream->source);
     return tcpsrv__poller_add_stream(&stream->source.loop->poller, fd, stream->source.id,
                                      directions);
 }
 
 typedef struct tcpsrv__lone {
-    tcpsrv_stream stream;       /* first: freed as the stream */
+    tcpsrv__stream6 base;       /* first: freed as the stream */
     tcpsrv__owner owner;
 } tcpsrv__lone;
 
@@ -5663,6 +6167,14 @@ static TCPSRV__COLD void tcpsrv__owner_fill(tcpsrv__owner *owner) {
     if (!options->handshake_timeout_ms) options->handshake_timeout_ms = TCPSRV__HANDSHAKE_MS;
     if (!options->max_connections)
         options->max_connections = descriptors > 64 ? descriptors - 32 : descriptors / 2;
+    owner->gather_max = TCPSRV__GATHER_SIZE;
+    if (owner->gather_max > options->write_high_water)
+        owner->gather_max = options->write_high_water;
+    if (owner->gather_max > options->max_write_buffer_size)
+        owner->gather_max = options->max_write_buffer_size;
+    owner->receive_max = tcpsrv__class_size[TCPSRV__POOL_INPUT] - TCPSRV__BLOCK_HEAD;
+    if (owner->receive_max > options->read_chunk_size)
+        owner->receive_max = options->read_chunk_size;
     owner->idle_ns = tcpsrv__ms_to_ns(options->idle_timeout_ms);
     owner->close_ns = tcpsrv__ms_to_ns(options->close_timeout_ms);
 }
@@ -5694,16 +6206,19 @@ TCPSRV_IMPL int tcpsrv_reading(const tcpsrv_stream *stream) {
 }
 
 TCPSRV_IMPL int tcpsrv_writing(const tcpsrv_stream *stream) {
-    return stream->out.first != NULL;
+    tcpsrv__uncork(stream);
+    return stream->out.last != NULL;
 }
 
 TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
+    tcpsrv__uncork(stream);
+    stream->stepping = 0;
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
     if (!extra->write_ns) extra->write_due = 0;
-    if (stream->out.first && tcpsrv__write_deadline(stream) != 0)
+    if (stream->out.last && tcpsrv__write_deadline(stream) != 0)
         return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
     return 0;
 }
@@ -5719,7 +6234,9 @@ TCPSRV_IMPL int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on) {
 }
 
 TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address) {
-    tcpsrv__name_address(&stream->peer, address);
+    tcpsrv__peer_name name;
+    tcpsrv__peer_name_of(stream, &name);
+    tcpsrv__name_address(&name, address);
     return 0;
 }
 
@@ -5756,65 +6273,128 @@ TCPSRV_HOT tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id) {
 /* The waiting calls on streams: the callback ones, and a waiter that is done by the callback. After
    a wait the stream may be gone, so that nothing here looks at it then. */
 
-typedef struct tcpsrv__read_wait {
-    tcpsrv__waiter waiter;
-    tcpsrv_stream *stream;
-    tcpsrv_bytes bytes;
-} tcpsrv__read_wait;
-
 static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg) {
     tcpsrv__read_wait *wait = (tcpsrv__read_wait *)arg;
-    (void)stream;
     wait->bytes = bytes;
+    if (err) wait->place = tcpsrv__place_of(stream);
     tcpsrv__waiter_resume(&wait->waiter, err);
 }
 
 static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
-    tcpsrv_stream *stream = TCPSRV__CONTAINER(tcpsrv__read_wait, waiter, waiter)->stream;
-    tcpsrv__read_put_back(stream);
-    stream->read_fn = NULL;
+    tcpsrv__read_wait *wait = TCPSRV__CONTAINER(tcpsrv__read_wait, waiter, waiter);
+    tcpsrv__read_put_back(wait->stream);
+    wait->stream->read_fn = NULL;
+    wait->place = tcpsrv__place_of(wait->stream);
     tcpsrv__cancel_plain(waiter);
+}
+
+static TCPSRV__COLD int tcpsrv__await_failed(int err, const tcpsrv__place *place,
+                                             tcpsrv_bytes *bytes) {
+    if (bytes) bytes->data = "";
+    if (bytes) bytes->size = 0;
+    return tcpsrv__fail_there(err, "read", place);
+}
+
+static TCPSRV__COLD int tcpsrv__await_refused(int err, const tcpsrv_stream *stream,
+                                              tcpsrv_bytes *bytes) {
+    tcpsrv__place place = tcpsrv__place_of(stream);
+    return tcpsrv__await_failed(err, &place, bytes);
 }
 
 /* A read that the buffer or one receive can answer returns without a switch; after a burst of them
    it goes by way of the loop, so that a busy pipeline yields. */
-static int tcpsrv__await_read(tcpsrv_stream *stream, tcpsrv__read_wait *wait) {
-    int err, due = tcpsrv__read_is_due(stream);
-    if (due && stream->burst < TCPSRV__BURST) {
-        stream->burst++;
-        if (tcpsrv__read_try(stream, &err, &wait->bytes)) {
-            stream->read_fn = NULL;
-            stream->cancelled = 0;
-            if (stream->extra) stream->extra->read_due = 0;
-            if (err) tcpsrv__read_put_back(stream);
-            return err;
-        }
-    } else if (due) {
-        tcpsrv__make_ready(&stream->source);
-    }
-    return tcpsrv__wait(stream->source.loop, &wait->waiter);
-}
-
-TCPSRV_HOT int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
-    tcpsrv__place place = tcpsrv__place_of(stream);
+static TCPSRV__NOINLINE int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
+                                                 tcpsrv_bytes *bytes) {
+    tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__read_wait wait;
-    int err = tcpsrv__may_wait(stream->source.loop);
+    int err = tcpsrv__may_wait(loop);
     if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, &wait);
-    if (!err) {
-        memset(&wait, 0, sizeof wait);
-        wait.waiter.cancel = tcpsrv__await_cancel;
-        wait.stream = stream;
-        stream->held = 1;
-        err = tcpsrv__await_read(stream, &wait);
+    if (err) return tcpsrv__await_refused(err, stream, bytes);
+    stream->held = 1;
+    if (tcpsrv__read_is_due(stream)) {
+        if (stream->burst == TCPSRV__BURST) {
+            tcpsrv__make_ready(&stream->source);
+        } else if (stream->burst++, tcpsrv__read_try(stream, &err, &wait.bytes)) {
+            if (err || stream->extra) tcpsrv__read_ended(stream, err);
+            stream->read_fn = NULL;
+            if (err) return tcpsrv__await_refused(err, stream, bytes);
+            if (bytes) *bytes = wait.bytes;
+            return 0;
+        }
     }
-    if (bytes) {
-        bytes->data = err ? "" : wait.bytes.data;
-        bytes->size = err ? 0 : wait.bytes.size;
-    }
-    return err ? tcpsrv__fail_there(err, "read", &place) : 0;
+    stream->burst = 0;
+    wait.waiter.done = 0;
+    wait.waiter.cancel = tcpsrv__await_cancel;
+    wait.stream = stream;
+    err = tcpsrv__wait(loop, &wait.waiter);
+    if (err) return tcpsrv__await_failed(err, &wait.place, bytes);
+    if (bytes) *bytes = wait.bytes;
+    return 0;
 }
 
-TCPSRV_HOT int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
+/* Of a pipeline, where it needs neither a wait nor a move of bytes. */
+TCPSRV__INLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, char delimiter, size_t max,
+                                          tcpsrv_bytes *bytes) {
+    tcpsrv__block *in = stream->in;
+    const char *data = in->data + in->begin, *found;
+    size_t size = in->end - in->begin;
+    if (in->pool != TCPSRV__POOL_HOME && (in->pool < 0 || tcpsrv__block_is_loose(in, size)))
+        return 0;
+    found = (const char *)memchr(data, delimiter, size);
+    size = (size_t)(found - data) + 1;
+    if (!found || size > max || stream->burst == TCPSRV__BURST) return 0;
+    in->begin += size;
+    stream->viewed = 1;
+    stream->burst++;
+    bytes->data = data;
+    bytes->size = size;
+    return 1;
+}
+
+/* The next line of a corked stream, which its coroutine asks for: what happens to a line in the
+   usual case, in one piece. */
+static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char *delimiter,
+                                               size_t max, tcpsrv_bytes *bytes) {
+    tcpsrv_loop *loop = stream->source.loop;
+    tcpsrv__block *in = stream->in;
+    tcpsrv__read_wait wait;
+    if (loop->corked != stream || !loop->current || stream->read_fn || stream->extra) goto anyhow;
+    if (!max) max = stream->owner->options.max_buffer_size;
+    if (in && in->begin != in->end) {
+        if (tcpsrv__await_buffered(stream, *delimiter, max, bytes)) return 0;
+        goto anyhow;
+    }
+    if ((in && in->pool != TCPSRV__POOL_HOME) ||
+        (stream->readable || stream->eof || stream->winding))
+        goto anyhow;
+    stream->in = NULL;
+    stream->viewed = 0;
+    stream->burst = 0;
+    stream->want_kind = TCPSRV__WANT_CHAR;
+    stream->want.size = 1;
+    stream->want_max = max;
+    stream->want_memory = (void *)(uintptr_t)delimiter;
+    stream->progress = 0;
+    stream->read_fn = tcpsrv__await_done;
+    stream->read_arg = &wait;
+    wait.stream = stream;
+    wait.waiter.cancel = tcpsrv__await_cancel;
+    wait.waiter.done = 0;
+    tcpsrv__wait_in(loop->current, &wait.waiter);
+    if (wait.waiter.result) return tcpsrv__await_failed(wait.waiter.result, &wait.place, bytes);
+    *bytes = wait.bytes;
+    return 0;
+anyhow:
+    return tcpsrv__await_anyhow(stream, tcpsrv__want(TCPSRV__WANT_CHAR, 1, max, delimiter), bytes);
+}
+
+TCPSRV_FAST int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
+    if (want.kind == TCPSRV__WANT_CHAR && bytes)
+        return tcpsrv__await_char(stream, (const char *)want.memory, want.max, bytes);
+    return tcpsrv__await_anyhow(stream, want, bytes);
+}
+
+TCPSRV_FAST int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
                                   tcpsrv_bytes *bytes) {
     return tcpsrv_await(stream, tcpsrv_until(delimiter, max), bytes);
 }
@@ -5838,7 +6418,7 @@ TCPSRV_IMPL int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsr
 /* ---- writing --------------------------------------------------------------------------------- */
 
 /* Queued where it fits below the high water; else it goes from where it lies. */
-static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
+static TCPSRV__NOINLINE int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__write_wait wait;
     int err;
@@ -5846,7 +6426,8 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     stream->held = 1;
     err = tcpsrv__may_write(stream);
     if (err || !size) return err;
-    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water))
+    if (size <= stream->owner->options.write_high_water &&
+        stream->out.size + size <= stream->owner->options.write_high_water)
         return tcpsrv__output_append(stream, data, size);
     err = tcpsrv__may_wait(loop);
     if (err) return err;
@@ -5854,16 +6435,37 @@ static int tcpsrv__write(tcpsrv_stream *stream, const void *data, size_t size) {
     return tcpsrv__write_waiting(&wait);
 }
 
-TCPSRV_HOT int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
-    tcpsrv__place place;
-    int err;
-    if (TCPSRV__LIKELY(stream->out.size + size <= stream->owner->options.write_high_water)) {
-        err = tcpsrv__write(stream, data, size);
-        return err ? tcpsrv__fail_at(err, "write", stream) : 0;
-    }
-    place = tcpsrv__place_of(stream);
-    err = tcpsrv__write(stream, data, size);
+static TCPSRV__NOINLINE int tcpsrv__write_named(tcpsrv_stream *stream, const void *data,
+                                                size_t size) {
+    tcpsrv__place place = tcpsrv__place_of(stream);
+    int err = tcpsrv__write(stream, data, size);
     return err ? tcpsrv__fail_there(err, "write", &place) : 0;
+}
+
+/* What only gathers is the same in a coroutine and outside. */
+static TCPSRV__NOINLINE int tcpsrv__write_anyhow(tcpsrv_stream *stream, const void *data,
+                                                 size_t size) {
+    size_t most = stream->owner->gather_max;
+    tcpsrv__uncork(stream);
+    if (!size || size > most || stream->out.size + size > most || stream->extra || stream->dead ||
+        stream->closing || stream->shut_wanted)
+        return tcpsrv__write_named(stream, data, size);
+    if (tcpsrv__queue_append(stream->source.loop, &stream->out, data, size) != 0)
+        return tcpsrv__fail_at(-ENOMEM, "write", stream);
+    tcpsrv__make_flushing(&stream->source);
+    if (stream->source.loop->current) stream->held = 1;
+    return 0;
+}
+
+TCPSRV_FAST int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    char *at = loop->outbox_at;
+    if (loop->corked != stream || size - 1 >= loop->outbox_room)
+        return tcpsrv__write_anyhow(stream, data, size);
+    loop->outbox_at = at + size;
+    loop->outbox_room -= size;
+    memcpy(at, data, size);
+    return 0;
 }
 
 /* All pieces as one message: copied together, so that no other writer comes between. */
@@ -5873,6 +6475,7 @@ TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces,
     tcpsrv__block *block;
     size_t size = 0;
     int i, err;
+    tcpsrv__uncork(stream);
     for (i = 0; i < count; i++) size += pieces[i].size;
     block = tcpsrv__block_take(loop, size);
     if (!block) return tcpsrv__fail_there(-ENOMEM, "write", &place);
@@ -5922,6 +6525,7 @@ TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     va_start(work.arguments, format);
     tcpsrv__on_loop_stack(work.loop, tcpsrv__format_errand, &work);
     va_end(work.arguments);
+    tcpsrv__uncork(stream);
     if (!work.err) work.err = tcpsrv__write(stream, work.block->data, work.block->end);
     if (work.block) tcpsrv__block_give(work.loop, work.block);
     return work.err ? tcpsrv__fail_there(work.err, "write", &place) : 0;
@@ -5948,8 +6552,8 @@ static TCPSRV__COLD int tcpsrv__sendfile_now(tcpsrv_stream *stream, int fd, int6
         return err;
     }
     block->offset = offset;
-    block->end = size;
-    block->pool = -1;
+    block->capacity = block->end = size;
+    block->pool = TCPSRV__POOL_NONE;
     block->done = tcpsrv__file_done;
     err = tcpsrv__output_push(stream, block);
     if (err) tcpsrv__file_done(block, err);
@@ -5960,6 +6564,7 @@ TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, s
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = tcpsrv__may_write(stream);
+    tcpsrv__uncork(stream);
     if (!err && !size) return 0;
     if (!err && stream->source.loop->current) {
         err = tcpsrv__may_wait(stream->source.loop);
@@ -5982,8 +6587,9 @@ TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
+    tcpsrv__uncork(stream);
     if (!err) err = tcpsrv__may_wait(stream->source.loop);
-    if (!err && (stream->out.first || stream->connecting)) {
+    if (!err && (stream->out.last || stream->connecting)) {
         tcpsrv__write_wait_init(&wait, stream, NULL, 0);
         wait.waiter.cancel = tcpsrv__flush_cancel;
         err = tcpsrv__write_waiting(&wait);
@@ -6401,7 +7007,7 @@ static int tcpsrv__pem_is_key(const tcpsrv__pem *pem) {
 
 static TCPSRV__COLD int tcpsrv__pem_bad(const tcpsrv__pem *pem) {
     /* A key encrypted in the old way has header lines, which are no base64 (RFC 1421 4.6.1.1). */
-    if (tcpsrv__pem_is_key(pem) && tcpsrv__find(pem->text, pem->size, "ENCRYPTED", 9))
+    if (tcpsrv__pem_is_key(pem) && tcpsrv__find_long(pem->text, pem->size, "ENCRYPTED", 9))
         return tcpsrv__tls_fail("%s: the key is encrypted with a passphrase; decrypt it first "
                                 "(openssl pkey -in ...)", pem->place);
     return tcpsrv__tls_fail("%s: PEM object %d (%s) is not valid base64", pem->place, pem->number,
@@ -8150,7 +8756,8 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
     if (result < 0) tcpsrv__die(stream, result);
     if (result <= 0) return;
     stream->connecting = 0;
-    stream->readable = stream->writable = stream->deep = 1;
+    stream->readable = stream->deep = 1;
+    stream->blocked = 0;
     stream->extra->handshake_due = stream->extra->connect_due = 0;
     tcpsrv__make_ready(&stream->source);
 }
@@ -8217,7 +8824,8 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
         return;
     }
     extra->link = link;
-    stream->io = &tcpsrv__tls_transport;
+    extra->io = &tcpsrv__tls_transport;
+    stream->foreign = 1;
     stream->connecting = 1;
     tcpsrv__make_ready(&stream->source);
 }
@@ -8254,17 +8862,20 @@ static TCPSRV__COLD void tcpsrv__secure_drop(tcpsrv_tls *tls) {
 static TCPSRV__COLD int tcpsrv__may_start_tls(const tcpsrv_stream *stream) {
     const tcpsrv__block *in = stream->in;
     if (stream->closing) return TCPSRV_ECLOSED;
-    if (stream->dead) return stream->error ? stream->error : TCPSRV_ECLOSED;
+    if (stream->dead) return tcpsrv__why_dead(stream);
     if (stream->connecting || stream->read_fn) return TCPSRV_EBUSY;
-    if (stream->io == &tcpsrv__tls_transport) return -EALREADY;
-    if (!stream->io->is_socket) return -ENOTSOCK;
+    if (tcpsrv__io(stream) == &tcpsrv__tls_transport) return -EALREADY;
+    if (!tcpsrv__io(stream)->is_socket) return -ENOTSOCK;
     if (stream->shut_wanted) return TCPSRV_ECLOSED;
     if (tcpsrv__queue_memory(&stream->out) != stream->out.size) return TCPSRV_EBUSY;
     return in && tcpsrv__block_size(in) ? TCPSRV_ETLS_BUFFERED : 0;
 }
 
 TCPSRV_IMPL int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname) {
-    int is_client = !stream->owner->gone, err = tcpsrv__may_start_tls(stream);
+    int is_client = !stream->owner->gone, err;
+    tcpsrv__uncork(stream);
+    stream->stepping = 0;
+    err = tcpsrv__may_start_tls(stream);
     if (err) return tcpsrv__fail_at(err, "start_tls", stream);
     err = tcpsrv__secure_hold(tls, is_client, hostname);
     if (err) return err;
@@ -8279,7 +8890,7 @@ TCPSRV_IMPL int tcpsrv_wait_handshake(tcpsrv_stream *stream) {
 }
 
 TCPSRV_IMPL int tcpsrv_get_tls_info(const tcpsrv_stream *stream, tcpsrv_tls_info *info) {
-    const tcpsrv__link *link = stream->extra && stream->io == &tcpsrv__tls_transport
+    const tcpsrv__link *link = stream->extra && tcpsrv__io(stream) == &tcpsrv__tls_transport
                                    ? tcpsrv__link_of(stream) : NULL;
     const tcpsrv__engine *engine = link ? link->engine : NULL;
     br_ssl_session_parameters session;
@@ -9139,15 +9750,14 @@ TCPSRV_IMPL const char *tcpsrv_last_error(void) {
 /* ---- streams that are not accepted ----------------------------------------------------------- */
 
 /* NULL, with the failure recorded. A descriptor that became a stream's is closed with it. */
-static TCPSRV__COLD tcpsrv_stream *tcpsrv__lone_start(tcpsrv_loop *loop, int fd, int directions,
-                                         const tcpsrv_connect_options *options) {
-    tcpsrv__lone *lone = tcpsrv__lone_new(options);
+static TCPSRV__COLD tcpsrv_stream *tcpsrv__lone_start(tcpsrv__lone *lone, tcpsrv_loop *loop, int fd,
+                                                      int directions) {
     int err = lone ? 0 : -ENOMEM;
     if (!err) {
         tcpsrv__refresh_now(loop);
-        err = tcpsrv__stream_init(&lone->stream, loop, &lone->owner, fd, directions);
+        err = tcpsrv__stream_init(&lone->base.stream, loop, &lone->owner, fd, directions);
     }
-    if (!err) return &lone->stream;
+    if (!err) return &lone->base.stream;
     tcpsrv__free(lone);
     tcpsrv__fail(err, "stream", NULL);
     return NULL;
@@ -9160,10 +9770,11 @@ static void tcpsrv__peer_of(tcpsrv_stream *stream, int fd) {
     memset(&address, 0, sizeof address);
     if (tcpsrv__sys_peer_name(fd, &name, &size) == 0)
         tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
-    tcpsrv__name_peer(&stream->peer, &address);
+    tcpsrv__set_peer(stream, &address);
 }
 
 TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
+    tcpsrv__lone *lone;
     tcpsrv_stream *stream;
     int is_socket = tcpsrv__sys_is_socket(fd), nonblocking, err;
     nonblocking = is_socket < 0 ? is_socket : tcpsrv__sys_is_nonblocking(fd);
@@ -9172,12 +9783,21 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
         tcpsrv__fail(err, "stream_from_fd", NULL);
         return NULL;
     }
-    stream = tcpsrv__lone_start(loop, fd, TCPSRV__EVENT_READ, NULL);
+    lone = tcpsrv__lone_new(NULL);
+    if (lone && !is_socket) {
+        lone->base.stream.foreign = 1;
+        if (tcpsrv__extra_make(&lone->base.stream)) {
+            lone->base.stream.extra->io = &tcpsrv__file;
+        } else {
+            tcpsrv__free(lone);
+            lone = NULL;
+        }
+    }
+    stream = tcpsrv__lone_start(lone, loop, fd, TCPSRV__EVENT_READ);
     if (!stream) {
         if (!nonblocking) tcpsrv__sys_set_blocking(fd);
         return NULL;
     }
-    stream->io = is_socket ? &tcpsrv__plain : &tcpsrv__file;
     stream->was_blocking = !nonblocking;
     stream->deep = 1;
     if (is_socket) tcpsrv__peer_of(stream, fd);
@@ -9286,7 +9906,7 @@ static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int ind
     tcpsrv__race_give_up(stream);
     tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
                                   race->names.size[index]);
-    tcpsrv__name_peer(&stream->peer, &address);
+    tcpsrv__set_peer(stream, &address);
     stream->deep = address.family == AF_UNIX;
     if (!tls) stream->extra->connect_due = 0;
     err = tcpsrv__stream_adopt(stream, fd);
@@ -9366,7 +9986,7 @@ static TCPSRV__COLD int tcpsrv__attempt_begin(tcpsrv__race *race, int index) {
     int err, fd = tcpsrv__sys_socket(race->names.name[index].ss_family);
     tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
                                   race->names.size[index]);
-    tcpsrv__name_peer(&race->stream->peer, &address);
+    tcpsrv__set_peer(race->stream, &address);
     race->making.step = "socket";
     tcpsrv_address_text(&address, race->making.place, sizeof race->making.place);
     if (fd < 0) return fd;
@@ -9531,7 +10151,8 @@ static TCPSRV__COLD int tcpsrv__race_begin(tcpsrv__race *race,
     tcpsrv_stream *stream = race->stream;
     int err;
     stream->connecting = 1;
-    stream->readable = stream->writable = 0;
+    stream->readable = 0;
+    stream->blocked = 1;
     stream->extra->making = &race->making;
     race->making.give_up = tcpsrv__race_give_up;
     race->timer.fire = tcpsrv__race_timer;
@@ -9548,7 +10169,7 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
                                           const tcpsrv_connect_options *options) {
     const char *name = options->tls_name ? options->tls_name : options->host;
     size_t size = options->tls && name ? strlen(name) + 1 : 0;
-    tcpsrv_stream *stream = tcpsrv__lone_start(loop, -1, 0, options);
+    tcpsrv_stream *stream = tcpsrv__lone_start(tcpsrv__lone_new(options), loop, -1, 0);
     tcpsrv__race *race;
     int err;
     if (!stream) return NULL;
@@ -9679,7 +10300,7 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
 }
 
 /* How a handler ended, where that is not an ordinary end. */
-static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv__peer_name *peer) {
+static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv_stream *stream) {
     char place[TCPSRV_ADDRESS_TEXT];
     tcpsrv_address address;
     int level = TCPSRV_LOG_ERROR;
@@ -9690,7 +10311,7 @@ static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv__peer_na
         result == -ECONNABORTED || result == TCPSRV_ETIMEDOUT ||
         (result <= TCPSRV_ETLS && result > TCPSRV_ERESOLVE)) /* told already, or cut short */
         level = TCPSRV_LOG_DEBUG;
-    tcpsrv__name_address(peer, &address);
+    tcpsrv_peer(stream, &address);
     tcpsrv_address_text(&address, place, sizeof place);
     tcpsrv__log_limited(server, level, result, "connection from", place);
 }
@@ -9704,7 +10325,7 @@ static TCPSRV__COLD void tcpsrv__log_not_ready(tcpsrv__owner *owner, tcpsrv_stre
     if (code == TCPSRV_ETIMEDOUT)
         snprintf(what, sizeof what, "TLS handshake timed out after %u ms, connection from",
                  (unsigned)owner->options.handshake_timeout_ms);
-    tcpsrv__name_address(&stream->peer, &address);
+    tcpsrv_peer(stream, &address);
     tcpsrv_address_text(&address, place, sizeof place);
     tcpsrv__log_limited(tcpsrv__server_of(owner), TCPSRV_LOG_INFO, code, what, place);
 }
@@ -9924,15 +10545,15 @@ static TCPSRV__COLD void tcpsrv__crowd_leave(tcpsrv__crowds *crowds,
 
 /* ---- connections ----------------------------------------------------------------------------- */
 
-typedef struct tcpsrv__handler {    /* at the top of a coroutine's stack */
-    tcpsrv_stream stream;
+typedef struct tcpsrv__handler {
+    tcpsrv__hosted hosted;
     tcpsrv_address address;
     tcpsrv__co *co;
 } tcpsrv__handler;
 
 #if TCPSRV__CORO
 static tcpsrv__handler *tcpsrv__handler_of(tcpsrv_stream *stream) {
-    return TCPSRV__CONTAINER(tcpsrv__handler, stream, stream);
+    return (tcpsrv__handler *)(void *)stream;
 }
 
 static void tcpsrv__stream_free(tcpsrv_stream *stream) {
@@ -9942,32 +10563,35 @@ static void tcpsrv__stream_free(tcpsrv_stream *stream) {
 
 static TCPSRV__COLD int tcpsrv__handler_main(void *arg) {
     tcpsrv__handler *handler = (tcpsrv__handler *)arg;
-    tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
-    return server->owner.options.handle_stream(&handler->stream, &handler->address,
-                                         server->owner.options.user);
+    tcpsrv_stream *stream = &handler->hosted.base.stream;
+    const tcpsrv_options *options = &stream->owner->options;
+    return options->handle_stream(stream, &handler->address, options->user);
 }
 
 /* On the loop's stack. The stream may be closing or gone already; its memory is still there. */
 static TCPSRV__COLD void tcpsrv__handler_end(tcpsrv__co *co) {
-    tcpsrv__handler *handler = (tcpsrv__handler *)co->arg;
-    tcpsrv *server = tcpsrv__server_of(handler->stream.owner);
-    tcpsrv__log_result(server, co->result, &handler->stream.peer);
+    tcpsrv_stream *stream = &((tcpsrv__handler *)co->arg)->hosted.base.stream;
+    tcpsrv *server = tcpsrv__server_of(stream->owner);
+    tcpsrv__log_result(server, co->result, stream);
     server->handlers--;
-    tcpsrv_close(&handler->stream);
+    tcpsrv_close(stream);
     tcpsrv__server_settle(server);
 }
 
 /* Memory for a stream and, not begun, the coroutine of its handler. */
 static TCPSRV__COLD tcpsrv_stream *tcpsrv__handler_new(tcpsrv *server) {
     tcpsrv__handler *handler;
+    tcpsrv_stream *stream;
     void *memory;
     tcpsrv__co *co = tcpsrv__co_new(server->loop, server->owner.options.stack_size, sizeof *handler,
                                     &memory);
     if (!co) return NULL;
     handler = (tcpsrv__handler *)memory;
     handler->co = co;
-    handler->stream.in_stack = 1;
-    return &handler->stream;
+    tcpsrv__block_init(&handler->hosted.home, 512, TCPSRV__POOL_HOME);
+    stream = &handler->hosted.base.stream;
+    stream->in_stack = 1;
+    return stream;
 }
 
 static TCPSRV__COLD void tcpsrv__handler_begin(tcpsrv *server, tcpsrv_stream *stream,
@@ -10017,8 +10641,10 @@ static TCPSRV__COLD void tcpsrv__count_closed(tcpsrv_stats *stats, int code) {
 
 static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
     tcpsrv *server = tcpsrv__server_of(owner);
+    tcpsrv__peer_name peer;
     tcpsrv__count_closed(&owner->stats, stream->error);
-    if (stream->counted) tcpsrv__crowd_leave(&server->crowds, &stream->peer);
+    tcpsrv__peer_name_of(stream, &peer);
+    if (stream->counted) tcpsrv__crowd_leave(&server->crowds, &peer);
     tcpsrv__stream_free(stream);
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
@@ -10028,11 +10654,13 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
 }
 
 /* A stream of the server over an accepted connection; its handler has not begun. */
-static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv__peer_name *peer,
+static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_address *peer,
                                            tcpsrv_stream **made) {
+    int is_ip4 = peer->family != AF_INET6 && !server->owner.options.proxy_protocol;
+    size_t size = is_ip4 ? sizeof(tcpsrv_stream) : sizeof(tcpsrv__stream6);
     tcpsrv_stream *stream = server->owner.options.handle_stream
                                 ? tcpsrv__handler_new(server)
-                                : (tcpsrv_stream *)tcpsrv__alloc(sizeof *stream);
+                                : (tcpsrv_stream *)tcpsrv__alloc(size);
     int err = stream ? tcpsrv__stream_init(stream, server->loop, &server->owner, fd,
                                            TCPSRV__EVENT_READ) : -ENOMEM;
     if (err) {
@@ -10041,7 +10669,7 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
         return err;
     }
     stream->user = server->owner.options.user;
-    stream->peer = *peer;
+    tcpsrv__set_peer(stream, peer);
     stream->deep = peer->family != AF_INET && peer->family != AF_INET6;
     stream->starting = 1;
     server->owner.stats.active++;
@@ -10053,7 +10681,10 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
 static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *stream,
                                               const tcpsrv_address *address) {
     tcpsrv_tls *tls = server->owner.options.tls;
-    int err = tls ? tcpsrv__secure(stream, tls, 0, NULL) : 0;
+    int err;
+    tcpsrv__uncork(stream);
+    stream->stepping = 0; /* the header's own read is over: what follows is its handler's */
+    err = tls ? tcpsrv__secure(stream, tls, 0, NULL) : 0;
     stream->starting = stream->spoke = 0;
     if (!tls && stream->extra) stream->extra->handshake_due = 0;
     if (err) {
@@ -10068,7 +10699,7 @@ static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *str
     }
     err = server->owner.options.on_stream(stream, address, server->owner.options.user);
     if (!err) return;
-    tcpsrv__log_result(server, err, &stream->peer);
+    tcpsrv__log_result(server, err, stream);
     tcpsrv_close(stream);
 }
 
@@ -10099,14 +10730,16 @@ static TCPSRV__COLD int tcpsrv__trusts(const tcpsrv *server, const tcpsrv__peer_
 
 /* Of a stream whose handler will not begin. */
 static TCPSRV__COLD void tcpsrv__header_refuse(tcpsrv *server, tcpsrv_stream *stream, int code) {
+    tcpsrv__peer_name peer;
     tcpsrv_bytes bytes;
     int silent = code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED ||
                  (code == TCPSRV_EOF && tcpsrv_peek(stream, &bytes) == 0); /* a probe */
     if (code == TCPSRV_EREFUSED || code == TCPSRV_EOF) code = TCPSRV__EPROXY;
+    tcpsrv__peer_name_of(stream, &peer);
     if (code == TCPSRV__EPROXY || code == TCPSRV__EPER_IP || code == TCPSRV_ETIMEDOUT) {
-        if (!silent) tcpsrv__log_refused(server, code, &stream->peer);
+        if (!silent) tcpsrv__log_refused(server, code, &peer);
     } else {
-        tcpsrv__log_result(server, code, &stream->peer);
+        tcpsrv__log_result(server, code, stream);
     }
     tcpsrv__handler_drop(stream);
     if (silent) tcpsrv_close(stream);
@@ -10128,14 +10761,16 @@ static TCPSRV__COLD int tcpsrv__header_is_data(tcpsrv *server, tcpsrv_stream *st
 static TCPSRV__COLD void tcpsrv__header_read(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes,
                                              void *arg) {
     tcpsrv *server = (tcpsrv *)arg;
+    tcpsrv__peer_name peer;
     tcpsrv_address address;
     int known = 0;
     if (tcpsrv__header_is_data(server, stream, err)) err = 0;
     else if (!err) known = tcpsrv__proxy_parse(bytes, &address);
     if (known < 0) err = known;
-    if (!err && known) tcpsrv__name_peer(&stream->peer, &address);
-    if (!err && !known) tcpsrv__name_address(&stream->peer, &address);
-    if (!err) err = tcpsrv__join_crowd(server, &stream->peer);
+    if (!err && known) tcpsrv__set_peer(stream, &address);
+    if (!err && !known) tcpsrv_peer(stream, &address);
+    tcpsrv__peer_name_of(stream, &peer);
+    if (!err) err = tcpsrv__join_crowd(server, &peer);
     if (err) {
         tcpsrv__header_refuse(server, stream, err);
         return;
@@ -10178,7 +10813,7 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     if (!header && mode == TCPSRV_PROXY_REQUIRED) err = TCPSRV__EUNTRUSTED;
     else if (!header) err = tcpsrv__join_crowd(server, &peer);
     if (!err) {
-        err = tcpsrv__stream_new(server, fd, &peer, &stream);
+        err = tcpsrv__stream_new(server, fd, &address, &stream);
         if (err && !header && server->owner.options.max_connections_per_ip)
             tcpsrv__crowd_leave(&server->crowds, &peer);
     }
@@ -10584,7 +11219,9 @@ static TCPSRV__COLD void tcpsrv__drain_step(tcpsrv *server, int draining, uint64
     tcpsrv__timer_arm(loop, &server->drain_timer, next);
     for (i = 1; i < loop->slot_count; i++) {
         tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (stream) tcpsrv__make_ready(&stream->source);
+        if (!stream) continue;
+        stream->winding = 1;
+        tcpsrv__make_ready(&stream->source);
     }
     tcpsrv__server_settle(server);
 }

@@ -18,7 +18,7 @@ static void begin(void) {
 static void end(void) {
     tcpsrv__queue_drop(loop, &queue, 0);
     CHECK_INT(queue.size, 0);
-    CHECK(queue.first == NULL && queue.last == NULL);
+    CHECK(queue.last == NULL);
     CHECK_INT(tcpsrv_loop_free(loop), 0);
 }
 
@@ -49,9 +49,9 @@ static void check(void) {
 }
 
 static int blocks(void) {
-    const tcpsrv__block *block = queue.first;
+    const tcpsrv__block *block = tcpsrv__queue_first(&queue);
     int n = 0;
-    for (; block; block = block->next) n++;
+    for (; block; block = tcpsrv__queue_next(&queue, block)) n++;
     return n;
 }
 

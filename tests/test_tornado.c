@@ -407,7 +407,7 @@ static void the_write_limit_is_exact_and_an_empty_write_always_fits(void) {
     tcpsrv_connect_options options;
     int listener = test_listener(&address);
     tcpsrv_stream *stream;
-    char data[1000];
+    char data[1001];
     memset(data, 'x', sizeof data);
     memset(&options, 0, sizeof options);
     options.host = "127.0.0.1";
