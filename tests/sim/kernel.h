@@ -154,6 +154,7 @@ struct sim_options_of_run {
     int trace;
     int fail_call;              /* the n-th call of all fails, with the k-th of its errors */
     int fail_errno;
+    int no_memory_from;         /* from the n-th call on no allocation succeeds; 0: not so */
     size_t fault_rate;          /* else one call in so many fails; 0: none */
     size_t alloc_rate;
 };
@@ -248,6 +249,7 @@ static void sim_print_run(void) {
     printf("seed %llu (%s", (unsigned long long)sim.seed, sim.what ? sim.what : "random");
     if (sim.run.fail_call) printf(", call %d fails, error %d", sim.run.fail_call,
                                   sim.run.fail_errno);
+    if (sim.run.no_memory_from) printf(", no memory from call %d on", sim.run.no_memory_from);
     printf("): ");
 }
 
@@ -294,6 +296,9 @@ static int sim_fault(sim_call call) {
     if (sim.run.fail_call == sim.calls) {
         sim.errno_count = n = sim_errno_count(call);
         chosen = sim.run.fail_errno < n ? sim.run.fail_errno : -1;
+    } else if (call == CALL_ALLOC && sim.run.no_memory_from &&
+               sim.calls >= sim.run.no_memory_from) {
+        chosen = 0;
     } else if (call == CALL_ALLOC ? sim.run.alloc_rate && sim_chance(sim.run.alloc_rate)
                                   : sim.run.fault_rate && sim_chance(sim.run.fault_rate)) {
         chosen = (int)sim_below((size_t)sim_errno_count(call));

@@ -1,6 +1,10 @@
 /* Runs the library on a simulated kernel that tries to break its promises.
      sim_POLLER seeds FROM COUNT    random runs, one for each seed
      sim_POLLER seed N              one of them, with a trace
+     sim_POLLER exhaustive          short scenarios, in which every call fails once with each of its
+                                    errors, and from every call on there is no memory
+     sim_POLLER scenario NAME N K   one of them, with a trace: its N-th call fails with its K-th
+                                    error, or, K -1, there is no memory from it on
    The exit status is 0 when every promise was kept; else the seed and the promise are printed. */
 #include "calls.h"
 
@@ -10,6 +14,7 @@
 #include "peers.h"
 #include "model.h"
 #include "world.h"
+#include "scenarios.h"
 
 static double sim_seconds(void) {
     struct timeval now;
@@ -67,16 +72,23 @@ static void sim_watch(void) {
 static int sim_seeds(uint64_t from, uint64_t count) {
     struct sim_options_of_run run;
     double start = sim_seconds(), took;
-    uint64_t i;
+    uint64_t i, calls = 0, turns = 0, streams = 0, faults = 0;
     memset(&run, 0, sizeof run);
     for (i = 0; i < count; i++) {
         if (i % 64 == 0) alarm(120);
         world_seed(from + i, &run);
+        calls += (uint64_t)sim.calls;
+        turns += (uint64_t)model.turns;
+        streams += (uint64_t)model.count;
+        faults += (uint64_t)sim.faults;
     }
     took = sim_seconds() - start;
     printf("%llu seeds from %llu: every promise kept (%.1f s, %.0f a second)\n",
            (unsigned long long)count, (unsigned long long)from, took,
            (double)count / (took > 0 ? took : 1));
+    printf("a run has %.1f streams, %.0f turns, %.0f calls, %.2f of which fail\n",
+           (double)streams / (double)count, (double)turns / (double)count,
+           (double)calls / (double)count, (double)faults / (double)count);
     return 0;
 }
 
@@ -92,6 +104,12 @@ int main(int argc, char **argv) {
         world_seed(strtoull(argv[2], NULL, 10), &run);
         return 0;
     }
-    fprintf(stderr, "usage: %s seeds FROM COUNT | seed N\n", argv[0]);
+    if (argc == 2 && strcmp(argv[1], "exhaustive") == 0) return scenarios_run();
+    if (argc == 5 && strcmp(argv[1], "scenario") == 0) {
+        run.trace = 1;
+        return scenario_show(argv[2], atoi(argv[3]), atoi(argv[4]), &run);
+    }
+    fprintf(stderr, "usage: %s seeds FROM COUNT | seed N | exhaustive | scenario NAME N K\n",
+            argv[0]);
     return 2;
 }

@@ -808,11 +808,11 @@ static void world_loop_free(void) {
     world.loop = NULL;
 }
 
-/* One run, with whatever sim.run asks for. */
-static void world_run(void) {
+/* One run of what begins, with whatever sim.run asks for. */
+static void world_run(void (*begin)(void)) {
     world.loop = tcpsrv_loop_new();
     if (world.loop) {
-        world_begin();
+        begin();
         tcpsrv_loop_run(world.loop);
         world.over = 1;
         if (world.server && sim_chance(2)) world_server_free();
@@ -859,7 +859,7 @@ static void world_seed(uint64_t seed, const struct sim_options_of_run *run) {
     world.write_most = sim_chance(40) ? 2000000 : sim_chance(5) ? 100000 : 4000;
     sim_least_room = (sim_peer_bytes + world.write_most) / 1000;
     world.steps_most = sim_chance(6) ? 60 : 12;
-    world_run();
+    world_run(world_begin);
 }
 
 #endif
