@@ -4762,8 +4762,9 @@ static void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *timer);
 
 static TCPSRV__COLD tcpsrv__extra *tcpsrv__extra_make(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = stream->extra;
+    if (stream->source.is_gone) return NULL; /* nobody comes by any more */
     if (extra) return extra;
-    extra = stream->source.is_gone ? NULL : (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
+    extra = (tcpsrv__extra *)tcpsrv__alloc(sizeof *extra);
     if (!extra) return NULL;
     extra->stream = stream;
     extra->alarm.fire = tcpsrv__alarm_fire;
@@ -5213,6 +5214,7 @@ static TCPSRV__COLD void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
     stream->progress += n;
     in->begin += n;
     if (in->begin == in->end) tcpsrv__input_free(stream);
+    else tcpsrv__input_trim(stream);
 }
 
 static TCPSRV__NOINLINE int tcpsrv__read_match_other(tcpsrv_stream *stream, int *err,
@@ -5279,12 +5281,15 @@ TCPSRV__INLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_byte
     }
 }
 
-/* Bytes that a failed read put into the caller's memory go back into the buffer. */
+/* Bytes that a failed read put into the caller's memory go back into the buffer, which nobody looks
+   at now. */
 static TCPSRV__COLD void tcpsrv__read_put_back(tcpsrv_stream *stream) {
-    if (stream->want_kind != TCPSRV__WANT_INTO || !stream->progress) return;
-    if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0)
-        tcpsrv__die(stream, -ENOMEM);
-    stream->progress = 0;
+    if (stream->want_kind == TCPSRV__WANT_INTO && stream->progress) {
+        if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0)
+            tcpsrv__die(stream, -ENOMEM);
+        stream->progress = 0;
+    }
+    if (stream->in) tcpsrv__input_trim(stream);
 }
 
 /* What an end without bytes, or with a deadline, has to put in order. */
@@ -5882,7 +5887,7 @@ static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
     tcpsrv__tell_close(stream);
     if (stream->closing) tcpsrv__stream_end(stream);
     else if (!stream->held && (has_close_fn ? stream->close_told : stream->told) &&
-             !stream->read_fn)
+             !stream->read_fn && !(stream->extra && stream->extra->marks_first))
         tcpsrv__stream_end(stream);
 }
 
