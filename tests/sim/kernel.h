@@ -70,7 +70,8 @@ typedef enum sim_call {
     CALL_SHUTDOWN, CALL_CLOSE, CALL_SETSOCKOPT, CALL_GETSOCKOPT, CALL_NAME, CALL_FCNTL, CALL_DUP,
     CALL_IOCTL, CALL_FSTAT, CALL_OPEN, CALL_EVENTFD, CALL_PIPE, CALL_WAKE, CALL_WRITEV, CALL_PREAD,
     CALL_SENDFILE, CALL_POLLER_OPEN, CALL_POLLER_ADD, CALL_POLLER_WAIT, CALL_MMAP, CALL_GUARD,
-    CALL_MPROTECT, CALL_SIGACTION, CALL_RESOLVE, CALL_THREAD, CALL_ALLOC, CALL_CLOCK, SIM_CALLS
+    CALL_MPROTECT, CALL_SIGACTION, CALL_RESOLVE, CALL_THREAD, CALL_PATH,
+    CALL_ALLOC, SIM_CALLS
 } sim_call;
 
 /* From the man pages; errors that only a wrong program can get are left out. */
@@ -113,8 +114,8 @@ static const sim_call_info sim_calls[SIM_CALLS] = {
     { "sigaction", { EINVAL } },
     { "getaddrinfo", { ENOMEM } },
     { "pthread_create", { EAGAIN } },
-    { "realloc", { ENOMEM } },
-    { "clock_gettime", { 0 } }
+    { "lstat, chmod, unlink", { EACCES, EIO, ENOMEM } },
+    { "realloc", { ENOMEM } }
 };
 
 /* ---- descriptors ----------------------------------------------------------------------------- */
@@ -137,6 +138,7 @@ typedef struct sim_object {
     int refs, fd;               /* its first descriptor */
     int nonblock, error;        /* SO_ERROR */
     unsigned char connecting, shut_wr, nospace, linger_zero, reset, family, bound, told_end;
+    unsigned char foreign, was_nonblock; /* made elsewhere: O_NONBLOCK must come back */
     sim_link *link;             /* a socket or pipe: its connection, and which end of it */
     int side;
     int port, backlog, waiting; /* a listener */
@@ -174,6 +176,8 @@ static struct sim_state {
     size_t spurious;            /* one wait in so many tells something that is not so; 0: none */
     int bsd;                    /* the habits of another family of kernels */
     int waits, idle_waits;      /* turns; those since anything moved */
+    uint64_t accept_trouble_at; /* the last failure that may pause a listener */
+    int path_exists, path_inode; /* of the one Unix socket's file */
     uint64_t progress, progress_seen;
     size_t live_bytes, live_blocks, maps;
     int fd_limit, open_fds;

@@ -42,6 +42,7 @@ typedef struct model_conn {
     int64_t close_ms;
 
     uint64_t in_pos;            /* bytes that reads have given */
+    size_t viewed;              /* those of the last read, as long as its view lives */
     int reading, in_call;       /* a read waits; its call has not returned */
     model_want want;
     uint64_t read_due;          /* its deadline; 0: none */
@@ -207,10 +208,11 @@ static int model_may_end(const model_conn *conn, int code) {
                                 (model.draining && model_of_server(conn) &&
                                  sim.now >= model.drain_due);
     case TCPSRV_ECANCELED: return conn->cancelled || model.ending;
-    case TCPSRV_ETIMEDOUT: return conn->read_ms > 0 || conn->write_ms > 0 || conn->idle_ms > 0 ||
-                                  conn->connect_ms > 0 || conn->closing;
+    case TCPSRV_ETIMEDOUT: return conn->read_due || conn->read_ms > 0 || conn->write_ms > 0 ||
+                                  conn->idle_ms > 0 || conn->connect_ms > 0 || conn->closing;
     case -ENOMEM: if (sim.alloc_failed) return 1; break;
     case -EIO: if (conn->short_file) return 1; break;
+    case -EPIPE: if (conn->link->is_pipe && conn->link->end[1].closed) return 1; break;
     default: break;
     }
     if (conn->client && (code <= TCPSRV_ERESOLVE ||
@@ -245,6 +247,8 @@ static void model_read_begin(model_conn *conn, const model_want *want) {
     conn->reading = 1;
     conn->frame_asked = 0;
     conn->starved = 0;
+    /* What gives no bytes leaves the last ones where they are. */
+    if (want->kind != WANT_READY && (want->kind != WANT_EXACTLY || want->size)) conn->viewed = 0;
     conn->read_due = conn->read_ms > 0 ? sim.now + SIM_MS(conn->read_ms) : 0;
 }
 
@@ -261,6 +265,7 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
         sim_broken(1, "stream %d: the %zu bytes from %llu on are not those sent", conn->number,
                    bytes.size, (unsigned long long)conn->in_pos);
     conn->in_pos += bytes.size;
+    if (bytes.size) conn->viewed = bytes.size;
 }
 
 /* A read that ended with a code could not have been answered with what had come. */
@@ -418,6 +423,16 @@ static void model_quiet_close(const model_conn *conn) {
         sim_broken(2, "stream %d: on_close was not called", conn->number);
 }
 
+/* A stream holds at most four times what is unread or viewed, and 512 bytes. */
+static void model_quiet_memory(const model_conn *conn) {
+    const tcpsrv__block *in = model_is_open(conn) && !conn->closing ? conn->stream->in : NULL;
+    size_t kept = (size_t)model_available(conn) + conn->viewed;
+    if (!in || sim.alloc_failed) return;
+    if (conn->want.kind == WANT_INTO) kept += conn->want.size;
+    if (in->capacity > 4 * kept + 512)
+        sim_broken(4, "stream %d holds %zu bytes for %zu", conn->number, in->capacity, kept);
+}
+
 static void world_quiet(void);
 
 static void model_quiet(void) {
@@ -428,6 +443,7 @@ static void model_quiet(void) {
         model_quiet_read(conn);
         model_quiet_write(conn);
         model_quiet_close(conn);
+        model_quiet_memory(conn);
     }
     world_quiet();
 }

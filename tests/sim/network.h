@@ -391,6 +391,13 @@ SIM_PRIVATE int sim_bind(int fd, const struct sockaddr *name) {
     int error = sim_enter(CALL_BIND);
     if (error) return sim_fail(error);
     object->port = sim_port_of(name);
+    if (object->family == AF_UNIX) {
+        if (sim.path_exists) return sim_fail(EADDRINUSE);
+        sim.path_exists = 1;
+        sim.path_inode++;
+        object->bound = 1;
+        return 0;
+    }
     if (!object->port) object->port = 40000 + fd;
     if (listener_at(object->port, object->family)) return sim_fail(EADDRINUSE);
     object->bound = 1;
@@ -400,7 +407,8 @@ SIM_PRIVATE int sim_bind(int fd, const struct sockaddr *name) {
 SIM_PRIVATE int sim_listen(int fd, int backlog) {
     sim_object *object = sim_object_at(fd, CALL_LISTEN);
     int error = sim_enter(CALL_LISTEN);
-    if (!error && listener_at(object->port, object->family)) error = EADDRINUSE;
+    if (!error && object->family != AF_UNIX && listener_at(object->port, object->family))
+        error = EADDRINUSE;
     if (error) return sim_fail(error);
     object->kind = SIM_LISTENER;
     object->backlog = backlog;
@@ -433,6 +441,7 @@ static void sim_name_make(struct sockaddr *name, socklen_t *size, int family, in
 static int accept_fault(sim_object *listener, int error) {
     int of_connection = error != EINTR && error != EAGAIN && error != EMFILE && error != ENFILE &&
                         error != ENOBUFS && error != ENOMEM;
+    sim.accept_trouble_at = sim.now;
     if (of_connection && listener->waiting) end_close(listener_pop(listener), 1, 1);
     return sim_fail(error);
 }
@@ -444,7 +453,8 @@ SIM_PRIVATE int sim_accept(int fd, struct sockaddr *name, socklen_t *size, int f
     if (listener->kind != SIM_LISTENER) sim_broken(0, "accept on %d, which does not listen", fd);
     if (error) return accept_fault(listener, error);
     if (!listener->waiting) return sim_fail(EAGAIN);
-    if (sim.open_fds >= sim.fd_limit) return sim_fail(EMFILE);
+    sim.accept_trouble_at = sim.now;
+    if (sim.open_fds + SIM_FIRST_FD >= sim.fd_limit) return sim_fail(EMFILE);
     link = listener_pop(listener);
     accepted = sim_open(SIM_SOCKET, &object);
     object->family = listener->family;
@@ -482,6 +492,9 @@ SIM_PRIVATE int sim_connect(int fd, const struct sockaddr *name) {
     int error = sim_enter(CALL_CONNECT), result;
     if (error && error != EINTR) return sim_tell(object, error);
     if (object->link) return sim_fail(EALREADY);
+    if (object->family == AF_UNIX && !sim.path_exists) return sim_tell(object, ENOENT);
+    if (object->family == AF_UNIX && !listener_at(70000, AF_UNIX))
+        return sim_tell(object, ECONNREFUSED);
     result = connect_to(object, link_new(), sim_port_of(name));
     if (error == EINTR) errno = EINTR; /* it goes on all the same (connect(2)) */
     SIM_TRACE("connect(%d), connection %d", fd, (int)(object->link - sim_links));
@@ -568,14 +581,9 @@ SIM_PRIVATE ssize_t sim_readv(int fd, const struct iovec *pieces, int count) {
         object->counter = 0;
         sim_moved();
         return 8;
-    } else if (object->kind == SIM_FILE) {
-        n = (ssize_t)(object->size - object->counter < asked ? object->size - object->counter
-                                                             : asked);
-        if (n) memset(pieces->iov_base, 'f', pieces->iov_len < (size_t)n ? pieces->iov_len
-                                                                         : (size_t)n);
-        object->counter += (uint64_t)n;
     } else {
         if (!object->link) return sim_tell(object, ENOTCONN);
+        if (object->kind == SIM_PIPE && object->side == 0) return sim_tell(object, EBADF);
         n = sim_read_link(object, pieces, asked);
     }
     SIM_TRACE("read(%d, %zu) = %zd%s%s", fd, asked, n, n < 0 ? " " : "",
@@ -635,6 +643,8 @@ static ssize_t sim_write_link(sim_object *object, const struct iovec *pieces, si
     int error = object->error;
     size_t n;
     if (!object->link) return sim_broken_pipe(object, flags);
+    if (object->kind == SIM_FILE || (object->kind == SIM_PIPE && object->side == 1))
+        return sim_tell(object, EBADF);
     if (object->connecting) return sim_fail(EAGAIN);
     if (error) {
         object->error = 0;
@@ -660,9 +670,6 @@ SIM_PRIVATE ssize_t sim_sendv(int fd, const struct iovec *pieces, int count, int
         n = sim_broken_pipe(object, flags);
     } else if (error) {
         n = sim_fault_io(object, error, SIM_OUT);
-    } else if (object->kind == SIM_FILE) {
-        n = (ssize_t)asked;
-        object->size += asked;
     } else {
         n = sim_write_link(object, pieces, asked, flags);
     }
@@ -774,11 +781,12 @@ static void sim_poller_forget(int fd);
 
 static void sim_object_end(sim_object *object) {
     int i;
-    if (object->link && (object->kind == SIM_SOCKET || object->kind == SIM_PIPE)) {
+    if (object->link && object->kind != SIM_LISTENER) {
         const sim_dir *in = sim_incoming(object);
         int reset = object->linger_zero;
+        /* Of a pipe or file the reader cannot be told that something is missing. */
         if (!reset && !object->reset && !object->shut_wr && !object->connecting &&
-            !(object->kind == SIM_PIPE && object->side == 1))
+            !object->link->is_pipe)
             model_ended_in_order(object->link, object->side);
         if (object->connecting || in->arrived > in->taken) reset = !object->link->is_pipe;
         end_close(object->link, object->side, reset);
@@ -793,6 +801,9 @@ SIM_PRIVATE int sim_close(int fd) {
     sim_object *object = sim_object_at(fd, CALL_CLOSE);
     int error = sim_enter(CALL_CLOSE);
     SIM_TRACE("close(%d)", fd);
+    if (object->foreign && object->nonblock != object->was_nonblock &&
+        !sim_noted(sim.injected, EPERM))
+        sim_broken(2, "descriptor %d is closed with another O_NONBLOCK than it had", fd);
     sim.fds[fd] = NULL;
     sim.open_fds--;
     sim_poller_forget(fd);
@@ -872,9 +883,34 @@ SIM_PRIVATE int sim_fstat(int fd, struct stat *status) {
     int error = sim_enter(CALL_FSTAT);
     if (error) return sim_fail(error);
     memset(status, 0, sizeof *status);
+    if (object->kind == SIM_SOCKET) status->st_ino = 1;
     status->st_mode = object->kind == SIM_SOCKET || object->kind == SIM_LISTENER ? S_IFSOCK
                       : object->kind == SIM_FILE ? S_IFREG
                       : object->kind == SIM_PIPE ? S_IFIFO : S_IFCHR;
+    return 0;
+}
+
+/* The one path that there is. */
+SIM_PRIVATE int sim_lstat(struct stat *status) {
+    int error = sim_enter(CALL_PATH);
+    if (!error && !sim.path_exists) error = ENOENT;
+    if (error) return sim_fail(error);
+    memset(status, 0, sizeof *status);
+    status->st_mode = S_IFSOCK;
+    status->st_ino = (ino_t)sim.path_inode;
+    return 0;
+}
+
+SIM_PRIVATE int sim_chmod(void) {
+    int error = sim_enter(CALL_PATH);
+    return error ? sim_fail(error) : 0;
+}
+
+SIM_PRIVATE int sim_unlink(void) {
+    int error = sim_enter(CALL_PATH);
+    if (!error && !sim.path_exists) error = ENOENT;
+    if (error) return sim_fail(error);
+    sim.path_exists = 0;
     return 0;
 }
 
@@ -938,6 +974,46 @@ SIM_PRIVATE int sim_sigwait(int *signo) {
     sim.sigpipe_pending = 0;
     *signo = SIGPIPE;
     return 0;
+}
+
+/* A signal comes to the process. */
+SIM_PRIVATE int sim_raise(int signo) {
+    if (!sim_handlers[signo]) return 0; /* the world does not kill itself */
+    SIM_TRACE("signal %d", signo);
+    sim_handlers[signo](signo);
+    return 1;
+}
+
+/* ---- descriptors made elsewhere -------------------------------------------------------------- */
+
+typedef enum sim_foreign {
+    FOREIGN_READER, FOREIGN_WRITER, FOREIGN_PAIR, FOREIGN_FILE, FOREIGN_KINDS
+} sim_foreign;
+
+/* One end of a pipe, of a pair of sockets, or a file; the other end is a peer's. -1: none. */
+SIM_PRIVATE int sim_foreign_open(sim_foreign kind, sim_link **made) {
+    sim_object *object;
+    sim_link *link;
+    int fd = sim_open(kind == FOREIGN_PAIR ? SIM_SOCKET : kind == FOREIGN_FILE ? SIM_FILE
+                                                                              : SIM_PIPE, &object);
+    if (fd < 0) return fd;
+    *made = link = link_new();
+    object->link = link;
+    object->side = kind == FOREIGN_READER || kind == FOREIGN_FILE;
+    object->foreign = 1;
+    object->was_nonblock = (unsigned char)sim_chance(2);
+    object->nonblock = object->was_nonblock;
+    object->family = AF_UNIX;
+    link->end[object->side].object = object;
+    link->is_unix = kind == FOREIGN_PAIR;
+    link->is_pipe = kind != FOREIGN_PAIR;
+    link->latency = 0;
+    if (kind != FOREIGN_FILE) return fd;
+    link->dir[0].sent = link->dir[0].arrived = sim_size(5000);
+    link->dir[0].fin = link->dir[0].fin_arrived = 1;
+    link->dir[1].room = SIM_NEVER / 2;
+    link->end[0].closed = 1;
+    return fd;
 }
 
 /* ---- names ----------------------------------------------------------------------------------- */

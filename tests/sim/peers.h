@@ -20,7 +20,13 @@ struct sim_peer {
     uint64_t to_send, send_at, read_at, end_at;
     size_t send_piece, read_piece;
     uint64_t send_pause, read_pause;
+    unsigned char head[120];    /* what it sends first */
+    size_t head_size;
+    int head_is;                /* of which kind, sim_head */
+    int told_port;              /* that a good head tells */
 };
+
+typedef enum sim_head { HEAD_NONE, HEAD_1, HEAD_2, HEAD_LOCAL, HEAD_BAD, HEAD_KINDS } sim_head;
 
 static sim_peer sim_peers[SIM_PEERS];
 static int sim_peer_count;
@@ -43,7 +49,7 @@ static sim_peer *peer_new(int port) {
     peer->send_at = sim.now + (sim_chance(2) ? 0 : SIM_MS(sim_size(200)));
     peer->read_at = sim.now;
     peer->send_piece = sim_chance(6) ? 1 : 1 + sim_size(sim_peer_bytes);
-    peer->read_piece = sim_chance(8) ? 1 + sim_below(16) : 1 + sim_size(1 << 20);
+    peer->read_piece = sim_least_room + 1 + (sim_chance(8) ? sim_below(16) : sim_size(1 << 20));
     peer->send_pause = peer_pause();
     peer->read_pause = peer_pause();
     peer->end = (int)sim_below(5);
@@ -51,6 +57,42 @@ static sim_peer *peer_new(int port) {
     /* A trickle of many bytes ends some day. */
     if (peer->to_send / peer->send_piece > 200) peer->to_send = peer->send_piece * 200;
     return peer;
+}
+
+/* A header of the PROXY protocol, or something like it. */
+static void peer_head(sim_peer *peer, sim_head kind) {
+    static const unsigned char two[] = "\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x0a\1\2\3\x0a\4\5\6";
+    int port = 1 + (int)sim_below(65000);
+    peer->head_is = (int)kind;
+    peer->told_port = port;
+    if (kind == HEAD_1)
+        peer->head_size = (size_t)sprintf((char *)peer->head,
+                                          "PROXY TCP4 10.1.2.3 10.4.5.6 %d 80\r\n", port);
+    if (kind == HEAD_BAD) peer->head_size = (size_t)sprintf((char *)peer->head, "PROXY TCP4 x\r\n");
+    if (kind == HEAD_2 || kind == HEAD_LOCAL) {
+        memcpy(peer->head, two, 24);
+        if (kind == HEAD_LOCAL) peer->head[12] = 0x20;
+        peer->head[24] = (unsigned char)(port >> 8);
+        peer->head[25] = (unsigned char)port;
+        peer->head[26] = peer->head[27] = 1;
+        peer->head_size = 28;
+    }
+    peer->to_send += peer->head_size;
+}
+
+/* The other end of a descriptor that the workload has made. */
+static void peer_of_foreign(sim_link *link, int side) {
+    sim_peer *peer = peer_new(0);
+    if (!peer) {
+        end_close(link, side, 0);
+        return;
+    }
+    if (link->is_pipe && side == 1) peer->to_send = 0;
+    if (link->is_pipe && side == 1 && peer->end == PEER_HALF_CLOSES) peer->end = PEER_WAITS;
+    if (link->is_pipe && side == 0 && peer->end == PEER_WAITS) peer->end = PEER_CLOSES;
+    peer->link = link;
+    peer->side = side;
+    link->end[side].peer = peer;
 }
 
 /* For a connection that the program begins. */
@@ -90,9 +132,12 @@ static void peer_connect(sim_peer *peer) {
     link = link_new();
     link->port = peer->port;
     link->family = peer->family;
+    link->is_unix = peer->family == AF_UNIX;
     link->end[0].peer = peer;
     peer->link = link;
     peer->side = 0;
+    memcpy(link->dir[0].head, peer->head, peer->head_size);
+    link->dir[0].head_size = (unsigned char)peer->head_size;
     SIM_TRACE("peer %d begins connection %d: sends %d", peer->number, (int)(link - sim_links),
               (int)peer->to_send);
     listener_push(listener, link);

@@ -138,6 +138,7 @@ SIM_PRIVATE int sim_epoll_ctl(int poller_fd, int op, int fd, const struct epoll_
     sim_object *object = sim_object_at(fd, CALL_POLLER_ADD);
     sim_entry *entry = &poller->entry[0][fd];
     int error = op == EPOLL_CTL_DEL ? 0 : sim_enter(CALL_POLLER_ADD);
+    if (error) sim.accept_trouble_at = sim.now;
     if (error) return sim_fail(error);
     if (object->kind == SIM_FILE || object->kind == SIM_NULL) return sim_fail(EPERM);
     if (op == EPOLL_CTL_ADD && entry->used) return sim_fail(EEXIST);
@@ -240,6 +241,7 @@ static int sim_kqueue_change(sim_poller *poller, const struct kevent *change) {
     error = sim_enter(CALL_POLLER_ADD);
     if (error) {
         sim_note(sim.injected, ENOMEM); /* kevent(2) knows no other */
+        sim.accept_trouble_at = sim.now;
         return sim_fail(ENOMEM);
     }
     if (object->kind == SIM_NULL) return sim_fail(EPERM);

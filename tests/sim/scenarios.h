@@ -264,7 +264,8 @@ static const scenario scenarios[] = {
 /* ---- all of them ----------------------------------------------------------------------------- */
 
 /* k -1: no memory from the n-th call on. */
-static void scenario_run(const scenario *what, int n, int k, const struct sim_options_of_run *base) {
+static void scenario_run(const scenario *what, int n, int k,
+                         const struct sim_options_of_run *base) {
     struct sim_options_of_run run = *base;
     if (k >= 0) run.fail_call = n;
     else run.no_memory_from = n;

@@ -23,6 +23,13 @@ static struct world_state {
     int timer_count;
     uint64_t timer_order, timer_last_due, timer_last_order;
     int posts, posts_done;
+    int signal_drains;
+    int64_t signal_drain_ms;
+    int64_t signal_id;
+    int signals, raised;        /* calls for SIGUSR1; it came and was not told yet */
+    int watched_fd, watch_events, watch_calls;
+    int64_t watch_id;
+    uint64_t accept_since;      /* connections wait, and there is room for them */
     int turns_of_end;
     unsigned char scratch[WORLD_WRITE];
 } world;
@@ -79,6 +86,20 @@ static model_conn *conn_new(tcpsrv_stream *stream, int coroutine) {
               tcpsrv_fd(stream), (int)(conn->link - sim_links),
               coroutine ? "a coroutine" : "callbacks");
     return conn;
+}
+
+/* What a PROXY header said, or must have said for the handler to begin. */
+static void conn_check_peer(model_conn *conn, const tcpsrv_address *peer) {
+    const sim_peer *other = conn->link->end[0].peer;
+    int mode = world.options.proxy_protocol;
+    if (mode == TCPSRV_PROXY_OFF || !other) return;
+    if (other->head_is == HEAD_BAD) sim_broken(4, "a bad header was accepted");
+    if (other->head_is == HEAD_NONE && mode == TCPSRV_PROXY_REQUIRED)
+        sim_broken(4, "a connection without a header was accepted");
+    conn->in_pos = other->head_size;
+    if ((other->head_is == HEAD_1 || other->head_is == HEAD_2) &&
+        (peer->port != other->told_port || memcmp(peer->ip, "\x0a\1\2\3", 4) != 0))
+        sim_broken(4, "the header's address was not told");
 }
 
 /* A stream that may be used from elsewhere, or NULL. */
@@ -390,6 +411,7 @@ static void world_on_read(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, vo
     if (err && conn->closing) return;
     if (err && sim_chance(2)) conn_close(conn, stream);
     else callback_step(conn, stream);
+    conn->viewed = 0;
 }
 
 static void callback_read(model_conn *conn, tcpsrv_stream *stream) {
@@ -418,8 +440,11 @@ static void callback_step(model_conn *conn, tcpsrv_stream *stream) {
 }
 
 static int world_on_stream(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
-    model_conn *conn = conn_new(stream, 0);
-    (void)peer, (void)user;
+    model_conn *conn;
+    (void)user;
+    if (tcpsrv_fd(stream) < 0) return -ENOMEM; /* died of that behind its PROXY header */
+    conn = conn_new(stream, 0);
+    conn_check_peer(conn, peer);
     sim_moved();
     callback_step(conn, stream);
     if (!sim_chance(40) || conn->closing) return 0;
@@ -511,10 +536,13 @@ static void handler_join(model_conn *conn) {
 }
 
 static int world_handler(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
-    model_conn *conn = conn_new(stream, 1);
+    model_conn *conn;
     size_t steps = 1 + sim_size(world.steps_most);
     int err = 0;
-    (void)peer, (void)user;
+    (void)user;
+    if (tcpsrv_fd(stream) < 0) return -ENOMEM;
+    conn = conn_new(stream, 1);
+    conn_check_peer(conn, peer);
     sim_moved();
     model.coroutines++;
     if (sim_chance(2)) conn_on_close(conn, stream);
@@ -652,14 +680,124 @@ static void world_post(void) {
     if (tcpsrv_post(world.loop, world_on_post, (void *)(intptr_t)world.posts) == 0) world.posts++;
 }
 
+/* Connections that wait while there is room for them are accepted within the longest pause. */
+static void world_quiet_accept(void) {
+    tcpsrv_stats stats;
+    int fd, waiting = 0;
+    if (!world.server || world.server_freed) return;
+    tcpsrv_get_stats(world.server, &stats);
+    for (fd = SIM_FIRST_FD; fd < SIM_FDS; fd++)
+        if (sim.fds[fd] && sim.fds[fd]->kind == SIM_LISTENER) waiting += sim.fds[fd]->waiting;
+    if (!waiting || stats.active >= tcpsrv_get_options(world.server)->max_connections)
+        world.accept_since = sim.now;
+    if (world.accept_since < sim.accept_trouble_at) world.accept_since = sim.accept_trouble_at;
+    if (sim.now > world.accept_since + SIM_MS(1002))
+        sim_broken(6, "%d connections wait, and there is room for them", waiting);
+}
+
 /* Asked when everything waits. */
 static void world_quiet(void) {
     int i;
     if (model.ending) return;
     if (world.posts != world.posts_done) sim_broken(2, "posted calls wait");
+    if (world.raised) sim_broken(2, "a signal was not told");
+    if (world.watch_id && (world.watch_events & TCPSRV_READ) &&
+        (sim_state_of(sim.fds[world.watched_fd]) & SIM_IN))
+        sim_broken(2, "a watched descriptor is readable, and nobody is told");
+    world_quiet_accept();
     for (i = 0; i < world.timer_count; i++)
         if (world.timers[i].used && world.timers[i].due + SIM_MS(1) < sim.now)
             sim_broken(2, "a timer is late");
+}
+
+/* ---- foreign descriptors, signals ------------------------------------------------------------ */
+
+static int world_foreign(void) {
+    sim_foreign kind = (sim_foreign)sim_below(FOREIGN_KINDS);
+    sim_link *link;
+    int fd = sim_foreign_open(kind, &link);
+    if (fd >= 0 && kind != FOREIGN_FILE) peer_of_foreign(link, !sim.fds[fd]->side);
+    return fd;
+}
+
+/* A stream over a descriptor of elsewhere, with callbacks. */
+static void world_stream_from_fd(void) {
+    int fd = model.count + 8 > MODEL_CONNS ? -1 : world_foreign();
+    tcpsrv_stream *stream = fd >= 0 ? tcpsrv_stream_from_fd(world.loop, fd) : NULL;
+    model_conn *conn;
+    if (!stream) {
+        if (fd >= 0) sim_close(fd);
+        return;
+    }
+    conn = conn_new(stream, 0);
+    conn->client = 1;
+    conn->max_buffer = conn->max_write = 1 << 20;
+    conn->high_water = conn->chunk = 1 << 16;
+    conn->close_ms = 5000;
+    conn->idle_ms = 0;
+    callback_step(conn, stream);
+}
+
+static void world_watch_end(void) {
+    if (!world.watch_id) return;
+    tcpsrv_cancel(world.loop, world.watch_id);
+    sim_close(world.watched_fd);
+    world.watch_id = 0;
+}
+
+/* Readiness is told as long as it lasts: what is there is taken, an end ends the watch. */
+static void world_on_watch(int fd, int events, void *arg) {
+    char bytes[100];
+    (void)arg;
+    sim_moved();
+    if (!world.watch_id || fd != world.watched_fd) sim_broken(2, "a watch that is no more is told");
+    if (!events || (events & ~(world.watch_events | TCPSRV_HANGUP)))
+        sim_broken(2, "a watch is told %d", events);
+    if ((events & TCPSRV_READ) && sim_read(fd, bytes, sizeof bytes) == 0) events |= TCPSRV_HANGUP;
+    if ((events & TCPSRV_HANGUP) || ++world.watch_calls > 10) world_watch_end();
+    if (sim_chance(3)) world_random_step();
+}
+
+static void world_watch(void) {
+    int fd, events = 1 + (int)sim_below(3);
+    int64_t id;
+    if (world.watch_id) {
+        if (sim_chance(3)) world_watch_end();
+        return;
+    }
+    fd = world_foreign();
+    if (fd < 0) return;
+    sim.fds[fd]->nonblock = sim.fds[fd]->was_nonblock = 1;
+    id = tcpsrv_watch_fd(world.loop, fd, events, world_on_watch, NULL);
+    if (id <= 0) {
+        sim_close(fd);
+        return;
+    }
+    world.watch_id = id;
+    world.watched_fd = fd;
+    world.watch_events = events;
+    world.watch_calls = 0;
+}
+
+static void world_on_signal(int signo, void *arg) {
+    (void)arg;
+    sim_moved();
+    if (signo != SIGUSR1 || !world.raised) sim_broken(2, "a signal is told that did not come");
+    world.raised = 0;
+    if (sim_chance(3)) world_random_step();
+}
+
+static void world_signal(void) {
+    if (world.signal_id <= 0) {
+        world.signal_id = tcpsrv_on_signal(world.loop, SIGUSR1, world_on_signal, NULL);
+    } else if (sim_chance(3)) {
+        tcpsrv_cancel(world.loop, world.signal_id);
+        world.signal_id = world.raised = 0;
+        if (sim_handlers[SIGUSR1]) sim_broken(8, "a signal's handler was left");
+    } else {
+        world.raised = 1;
+        sim_raise(SIGUSR1);
+    }
 }
 
 /* ---- coroutines beside streams --------------------------------------------------------------- */
@@ -679,8 +817,29 @@ static int world_parker(void *arg) {
     return 0;
 }
 
+static int world_fd_waiter(void *arg) {
+    int fd = world_foreign(), told, state;
+    (void)arg;
+    if (fd < 0) return 0;
+    model.coroutines++;
+    sim.fds[fd]->nonblock = sim.fds[fd]->was_nonblock = 1;
+    told = tcpsrv_wait_fd(fd, 1 + (int)sim_below(3), sim_chance(2) ? -1 : (int64_t)sim_size(300));
+    state = sim_state_of(sim.fds[fd]);
+    sim_moved();
+    if (told == 0 || (told > 0 && (told & TCPSRV_WRITE) &&
+                      !(state & (SIM_OUT | SIM_ERR | SIM_HUP))))
+        sim_broken(2, "waiting for a descriptor gave %d", told);
+    sim_close(fd);
+    model.coroutines--;
+    return 0;
+}
+
 static void world_spawn(void) {
     size_t stack = sim_chance(3) ? 0 : 16384;
+    if (sim_chance(4)) {
+        tcpsrv_spawn(world.loop, world_fd_waiter, NULL, stack);
+        return;
+    }
     if (sim_chance(2)) tcpsrv_spawn(world.loop, world_client, NULL, stack);
     else tcpsrv_spawn(world.loop, world_parker, NULL, stack);
 }
@@ -694,6 +853,37 @@ static void world_drain(int64_t timeout_ms) {
     tcpsrv_drain(world.server, timeout_ms);
 }
 
+static void world_peer(void) {
+    sim_peer *peer = peer_new(WORLD_PORT);
+    if (!peer) return;
+    if (sim.path_exists && sim_chance(2)) {
+        peer->family = AF_UNIX;
+        peer->port = 70000;
+    }
+    if (world.options.proxy_protocol) peer_head(peer, (sim_head)sim_below(HEAD_KINDS));
+}
+
+static void world_listen_unix(void) {
+    int fd;
+    if (!world.server || world.server_freed) return;
+    fd = tcpsrv_bind_unix_socket("/run/sim.sock", 0, 0);
+    if (fd >= 0 && tcpsrv_add_socket(world.server, fd) == 0) model.draining = 0;
+}
+
+/* At the first signal it drains, at the second it aborts. */
+static void world_drain_on_signal(void) {
+    int64_t timeout_ms = (int64_t)sim_size(300);
+    if (!world.signal_drains) {
+        if (tcpsrv_drain_on_signal(world.server, SIGTERM, timeout_ms) == 0) world.signal_drains = 1;
+        world.signal_drain_ms = timeout_ms;
+        return;
+    }
+    if (!sim_raise(SIGTERM)) return;
+    /* What the signal began, the model learns when it is told. */
+    model.draining = 1;
+    model.drain_due = 0;
+}
+
 static void world_server_step(void) {
     if (!world.server || world.server_freed) return;
     switch (sim_below(8)) {
@@ -705,8 +895,12 @@ static void world_server_step(void) {
         if (!sim_chance(3)) break;
         world_drain(sim_chance(2) ? -1 : (int64_t)sim_size(100));
         break;
-    case 4: if (sim_chance(3)) world_end_begin(); break;
-    default: peer_new(WORLD_PORT); break;
+    case 4:
+        if (sim_chance(3)) world_end_begin();
+        else world_drain_on_signal();
+        break;
+    case 5: world_listen_unix(); break;
+    default: world_peer(); break;
     }
 }
 
@@ -715,7 +909,7 @@ static void world_random_step(void) {
     tcpsrv_stream *stream;
     model_conn *conn;
     if (model.ending || world.over) return;
-    switch (sim_below(10)) {
+    switch (sim_below(13)) {
     case 0: world_timer_new(); break;
     case 1: world_timer_cancel(); break;
     case 2: world_post(); break;
@@ -723,6 +917,9 @@ static void world_random_step(void) {
     case 4: if (world_parked) tcpsrv_wake(world.loop, world_parked); break;
     case 5: if (sim_chance(2)) world_server_step(); break;
     case 6: if (sim_chance(3)) world_connect(); break;
+    case 7: if (sim_chance(3)) world_stream_from_fd(); break;
+    case 8: world_watch(); break;
+    case 9: world_signal(); break;
     default:
         conn = conn_random(&stream);
         if (conn) conn_poke(conn, stream);
@@ -786,6 +983,11 @@ static void world_options(tcpsrv_options *options) {
     options->max_connections = world_limit(8);
     options->idle_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(2000) : 0);
     options->close_timeout_ms = (int64_t)world_limit(8000);
+    options->max_connections_per_ip = sim_chance(6) ? 1 + sim_below(3) : 0;
+    if (!sim_chance(6)) return;
+    options->proxy_protocol = sim_chance(2) ? TCPSRV_PROXY_REQUIRED : TCPSRV_PROXY_OPTIONAL;
+    options->trusted = "127.0.0.0/8, ::1, unix";
+    options->handshake_timeout_ms = (int64_t)world_limit(1000);
 }
 
 static void world_begin(void) {
@@ -793,7 +995,8 @@ static void world_begin(void) {
     world_options(&world.options);
     world.server = tcpsrv_new(&world.options);
     if (world.server) tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1");
-    while (peers--) peer_new(WORLD_PORT);
+    if (sim_chance(8)) world_listen_unix();
+    while (peers--) world_peer();
     if (sim_chance(2)) world_timer_new();
     if (sim_chance(3)) world_spawn();
     if (sim_chance(4)) world_connect();
@@ -810,6 +1013,7 @@ static void world_loop_free(void) {
 
 /* One run of what begins, with whatever sim.run asks for. */
 static void world_run(void (*begin)(void)) {
+    int i;
     world.loop = tcpsrv_loop_new();
     if (world.loop) {
         begin();
@@ -817,9 +1021,12 @@ static void world_run(void (*begin)(void)) {
         world.over = 1;
         if (world.server && sim_chance(2)) world_server_free();
         world_loop_free();
+        if (world.watch_id) sim_close(world.watched_fd);
     }
     if (world.server && !world.server_freed) world_server_free();
     sim_threads_run(1);
+    for (i = 0; i < 65; i++)
+        if (sim_handlers[i]) sim_broken(8, "the handler of signal %d was left", i);
     model_check_end();
 }
 
