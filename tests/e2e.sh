@@ -377,6 +377,32 @@ slow_clients_are_gone() { # SLOWHTTPTEST'S OPTIONS
     echo "$tries others served meanwhile" >note
 }
 
+# ---- TLS -----------------------------------------------------------------------------------------
+
+serve_tls() { # PROGRAM: with a certificate of its own
+    need openssl
+    echo '#include <bearssl.h>' | ${CC:-cc} -E - >/dev/null 2>&1 || {
+        echo "no BearSSL here"
+        exit 77
+    }
+    ${CC:-cc} "$root/examples/$1.c" -o "$bin/$1" -lbearssl || fail "examples/$1.c"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
+        -subj /CN=localhost -keyout key.pem -out certificate.pem || fail "no certificate"
+    serve "$bin/$1" 0 certificate.pem key.pem
+}
+
+renegotiation_is_refused() {
+    serve_tls tls_echo
+    mkfifo typed
+    exec 3<>typed
+    bounded 30 openssl s_client -connect "127.0.0.1:$port" -tls1_2 <typed >answers 2>&1 &
+    pids="$pids $!"
+    echo hello >&3
+    wait_for 10 grep -qx hello answers || fail "no answer"
+    echo R >&3
+    wait_for 10 grep -q 'no renegotiation' answers || fail "not refused"
+}
+
 # ---- chat ----------------------------------------------------------------------------------------
 
 joins() { # NAME DESCRIPTOR: a client that says what is written to that descriptor
@@ -733,6 +759,8 @@ row "http: refuses what it must" http_refuses_what_it_must
 row "http: slow heads end at their deadline" slow_clients_are_gone -H
 row "http: slow bodies end at their deadline" slow_clients_are_gone -B
 row "http: slow readers end at their deadline" slow_clients_are_gone -X -w 512 -y 1024 -n 1 -z 32
+
+row "tls_echo: a renegotiation is refused" renegotiation_is_refused
 
 row "chat: everybody hears everybody" everybody_hears_everybody
 row "chat: a slow reader is dropped, the others hear all" slow_reader_is_dropped

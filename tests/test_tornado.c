@@ -1,6 +1,9 @@
 /* What the original's own tests claim of its streams, on each kind of descriptor and with both
    kinds of caller, and what it leaves untested: calls that fail, limits, ends. tests/tornado.txt
    says which claim stands for which of its tests. */
+#if defined(TEST_HAS_BEARSSL)
+#define TCPSERVER_TLS
+#endif
 #include "support.h"
 #include <regex.h>
 #include <sys/uio.h>
@@ -41,14 +44,93 @@ static void let_fail(int call, int times, int code) {
 
 /* ---- the stage ------------------------------------------------------------------------------- */
 
-enum { TCP, UNIX, PIPE, KINDS };
+enum { TCP, UNIX, PIPE, TLS, KINDS };
 static tcpsrv_loop *loop;
 static tcpsrv_stream *reader, *writer;
-static int kind;
 
-static void begin(int of_kind) {
+#if defined(TCPSERVER_TLS)
+static tcpsrv *tls_server;
+static tcpsrv_tls *tls_there, *tls_here;
+
+static int has_tls(void) {
+    return access(TEST_CERTIFICATES "/done", R_OK) == 0;
+}
+
+static int be_writer(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    writer = stream;
+    return 0;
+}
+
+static void make_tls(void) {
+    tcpsrv_certificate pair;
+    tcpsrv_tls_options options;
+    memset(&pair, 0, sizeof pair);
+    memset(&options, 0, sizeof options);
+    pair.certificate_file = TEST_CERTIFICATES "/ec.pem";
+    pair.key_file = TEST_CERTIFICATES "/ec.key";
+    options.no_verify = 1;
+    tls_here = tcpsrv_tls_new(&options);
+    options.certificates = &pair;
+    options.certificate_count = 1;
+    tls_there = tcpsrv_tls_new(&options);
+    CHECK(tls_here != NULL && tls_there != NULL);
+}
+
+static void serve_tls(void) {
+    tcpsrv_options options;
+    memset(&options, 0, sizeof options);
+    writer = NULL;
+    make_tls();
+    loop = tcpsrv_loop_default();
+    options.on_stream = be_writer;
+    options.tls = tls_there;
+    tls_server = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_listen(tls_server, 0, "127.0.0.1"), 0);
+}
+
+static void dial_tls(void) {
+    tcpsrv_connect_options target;
+    memset(&target, 0, sizeof target);
+    target.host = "127.0.0.1";
+    target.port = tcpsrv_port(tls_server, 0);
+    target.tls = tls_here;
+    reader = tcpsrv_connect(loop, &target);
+    CHECK(reader != NULL);
+}
+
+static void begin_tls(void) {
+    serve_tls();
+    dial_tls();
+    CHECK_INT(tcpsrv_wait_handshake(reader), 0);
+    CHECK(writer != NULL);
+}
+
+static void end_tls(void) {
+    tcpsrv_free(tls_server);
+    tcpsrv_tls_free(tls_here);
+    tcpsrv_tls_free(tls_there);
+    tls_server = NULL;
+    tls_here = tls_there = NULL;
+}
+#else
+static int has_tls(void) {
+    return 0;
+}
+
+static void begin_tls(void) {
+}
+
+static void end_tls(void) {
+}
+#endif
+
+static void begin(int kind) {
     int fds[2];
-    kind = of_kind;
+    if (kind == TLS) {
+        begin_tls();
+        return;
+    }
     if (kind == TCP) CHECK_INT(test_pair(fds), 0);
     if (kind == UNIX) CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM, 0, fds), 0);
     if (kind == PIPE) CHECK_INT(pipe(fds), 0);
@@ -61,6 +143,7 @@ static void begin(int of_kind) {
 static void end(void) {
     if (reader) tcpsrv_close(reader);
     if (writer) tcpsrv_close(writer);
+    end_tls();
     CHECK_INT(tcpsrv_loop_free(loop), 0);
 }
 
@@ -71,10 +154,12 @@ static int run_body(void *body) {
     return 0;
 }
 
-/* On a TCP connection, a Unix one and a pipe, by a straight caller and by a coroutine. */
+/* On a TCP connection, a Unix one, a pipe, and where BearSSL is there in TLS, by a straight caller
+   and by a coroutine. */
 static void on_each(void (*body)(void)) {
     int of_kind;
     for (of_kind = 0; of_kind < KINDS; of_kind++) {
+        if (of_kind == TLS && !has_tls()) continue;
         begin(of_kind);
         body();
         end();
@@ -641,6 +726,69 @@ static void a_mebibyte_goes_through(void) {
     on_each(big_write);
 }
 
+/* ---- the handshake --------------------------------------------------------------------------- */
+
+#if defined(TCPSERVER_TLS)
+static void note_suite(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg) {
+    tcpsrv_tls_info info;
+    (void)bytes;
+    CHECK_INT(err, 0);
+    CHECK_INT(tcpsrv_get_tls_info(stream, &info), 0);
+    CHECK_STR(info.version, "TLSv1.2");
+    ++*(int *)arg;
+}
+
+static void a_handshake_is_waited_for_by_one_at_a_time(void) {
+    tcpsrv_tls_info info;
+    int done = 0;
+    if (!has_tls()) SKIP("no certificates: openssl is missing");
+    serve_tls();
+    dial_tls();
+    CHECK_INT(tcpsrv_get_tls_info(reader, &info), -ENOTCONN);
+    CHECK_INT(tcpsrv_read(reader, tcpsrv_ready(), note_suite, &done), 0);
+    CHECK_INT(tcpsrv_wait_handshake(reader), TCPSRV_EBUSY);
+    CHECK_INT(done, 0);
+    while (!done) turns(1);
+    CHECK_INT(tcpsrv_wait_handshake(reader), 0);
+    CHECK_INT(tcpsrv_wait_handshake(reader), 0);
+    CHECK_INT(done, 1);
+    end();
+}
+
+static void a_reset_in_the_handshake_costs_one_connection(void) {
+    struct linger now = { 1, 0 };
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (!has_tls()) SKIP("no certificates: openssl is missing");
+    serve_tls();
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    address.sin_port = htons((uint16_t)tcpsrv_port(tls_server, 0));
+    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    CHECK_INT(send(fd, "\x16\x03\x01", 3, 0), 3);
+    while (!writer) turns(1);
+    CHECK_INT(setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now), 0);
+    close(fd);
+    while (!tcpsrv_closed(writer)) turns(1);
+    tcpsrv_close(writer);
+    writer = NULL;
+    dial_tls();
+    CHECK_INT(tcpsrv_wait_handshake(reader), 0);
+    say("hello");
+    gives(tcpsrv_exactly(5), "hello");
+    end();
+}
+#else
+static void a_handshake_is_waited_for_by_one_at_a_time(void) {
+    SKIP("BearSSL is missing");
+}
+
+static void a_reset_in_the_handshake_costs_one_connection(void) {
+    SKIP("BearSSL is missing");
+}
+#endif
+
 /* ---- children of the program ----------------------------------------------------------------- */
 
 static pid_t child;
@@ -1024,6 +1172,8 @@ int main(int argc, char **argv) {
         TEST(pieces_come_until_the_end_and_then_the_end),
         TEST(two_writes_are_read_by_other_measures),
         TEST(a_mebibyte_goes_through),
+        TEST(a_handshake_is_waited_for_by_one_at_a_time),
+        TEST(a_reset_in_the_handshake_costs_one_connection),
         TEST(a_child_is_driven_through_its_pipes),
         TEST(a_childs_end_is_told_by_its_signal),
         TEST(a_killed_child_tells_the_signal),
