@@ -682,7 +682,8 @@ TCPSRV_API int tcpsrv_get_tls_info(const tcpsrv_stream *stream, tcpsrv_tls_info 
    serves, says tcpsrv_notify("READY=1"). Then all servers of the loop drain (drain_ms as
    tcpsrv_drain's timeout_ms), and files of Unix sockets are the successor's to unlink. Where it
    ends before, or is not ready within 30 s, whereupon it gets SIGTERM, this process logs that and
-   goes on as if nothing had been tried. A service manager (NOTIFY_SOCKET) is told the successor's
+   goes on as if nothing had been tried. (Its end is noticed by SIGCHLD before Linux 5.3, where the
+   program leaves that alone.) A service manager (NOTIFY_SOCKET) is told the successor's
    pid as MAINPID, and what the successor says.
 
    Never waits: 0 means that it was started, not that it will be ready. -EINVAL (no program),
@@ -11611,8 +11612,8 @@ struct tcpsrv__upgrade {
     tcpsrv__timer timer;
     tcpsrv__successor successor;
     int polled;
-    int exit_fd;                    /* readable when the successor has ended; -1: not known */
-    int64_t exit_watch, drain_ms;
+    int exit_fd;                    /* readable when the successor has ended; -1: none */
+    int64_t exit_call, drain_ms;    /* what tells of that; 0: nothing does, but its time */
 };
 
 static TCPSRV__COLD void tcpsrv__upgrade_log(const tcpsrv_loop *loop, int level, const char *line) {
@@ -11630,7 +11631,7 @@ static TCPSRV__COLD void tcpsrv__upgrade_end(tcpsrv__source *source) {
     tcpsrv__upgrade *upgrade = TCPSRV__CONTAINER(tcpsrv__upgrade, source, source);
     tcpsrv_loop *loop = source->loop;
     tcpsrv__timer_cancel(loop, &upgrade->timer);
-    if (upgrade->exit_watch > 0) tcpsrv_cancel(loop, upgrade->exit_watch);
+    if (upgrade->exit_call > 0) tcpsrv_cancel(loop, upgrade->exit_call);
     if (upgrade->exit_fd >= 0) tcpsrv__sys_close(upgrade->exit_fd);
     tcpsrv__upgrade_hush(upgrade);
     tcpsrv__successor_close(&upgrade->successor);
@@ -11656,6 +11657,25 @@ static TCPSRV__COLD int tcpsrv__upgrade_reap(tcpsrv__upgrade *upgrade) {
 static TCPSRV__COLD void tcpsrv__upgrade_exit(int fd, int events, void *arg) {
     (void)fd, (void)events;
     tcpsrv__upgrade_reap((tcpsrv__upgrade *)arg);
+}
+
+static TCPSRV__COLD void tcpsrv__upgrade_child(int signo, void *arg) {
+    (void)signo;
+    tcpsrv__upgrade_reap((tcpsrv__upgrade *)arg);
+}
+
+/* Where the system has no descriptor for that, SIGCHLD tells, unless the program uses it. It may
+   have come before anybody asked for it. */
+static TCPSRV__COLD void tcpsrv__upgrade_watch_exit(tcpsrv__upgrade *upgrade) {
+    tcpsrv_loop *loop = upgrade->source.loop;
+    upgrade->exit_fd = tcpsrv__sys_watch_exit(upgrade->successor.pid);
+    if (upgrade->exit_fd >= 0) {
+        upgrade->exit_call = tcpsrv_watch_fd(loop, upgrade->exit_fd, TCPSRV_READ,
+                                             tcpsrv__upgrade_exit, upgrade);
+    } else if (tcpsrv__sys_signal_is_free(SIGCHLD)) {
+        upgrade->exit_call = tcpsrv_on_signal(loop, SIGCHLD, tcpsrv__upgrade_child, upgrade);
+        tcpsrv__upgrade_reap(upgrade);
+    }
 }
 
 static TCPSRV__COLD void tcpsrv__upgrade_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
@@ -11719,10 +11739,7 @@ static TCPSRV__COLD int tcpsrv__upgrade_begin(tcpsrv__upgrade *upgrade, char *co
     upgrade->polled = !err;
     if (!err) err = tcpsrv__successor_start(successor, argv);
     if (err) return tcpsrv__fail(err, "upgrade", argv[0]);
-    upgrade->exit_fd = tcpsrv__sys_watch_exit(successor->pid);
-    if (upgrade->exit_fd >= 0)
-        upgrade->exit_watch = tcpsrv_watch_fd(loop, upgrade->exit_fd, TCPSRV_READ,
-                                              tcpsrv__upgrade_exit, upgrade);
+    tcpsrv__upgrade_watch_exit(upgrade);
     return 0;
 }
 

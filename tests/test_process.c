@@ -381,6 +381,70 @@ static void when_fork_fails_nothing_stays(void) {
     CHECK_INT(status, 0);
 }
 
+/* One line, one answer with the worker's number; "exit N" makes it end so. */
+static int obey(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err = tcpsrv_read_until(stream, "\n", 0, &line);
+    (void)peer, (void)user;
+    if (!err && strncmp(line.data, "exit ", 5) == 0) _exit(atoi(line.data + 5));
+    return err ? err : tcpsrv_printf(stream, "%d\n", tcpsrv_task_id());
+}
+
+static int story_listener;
+static struct sockaddr_in story_address;
+
+/* "" where the worker ended instead of an answer. */
+static const char *story(const char *line) {
+    static char text[16];
+    ssize_t n = 0, more;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK_INT(connect(fd, (struct sockaddr *)&story_address, sizeof story_address), 0);
+    CHECK_INT(write(fd, line, strlen(line)), (int)strlen(line));
+    while ((more = read(fd, text + n, sizeof text - 1 - (size_t)n)) > 0) n += more;
+    text[n] = 0;
+    close(fd);
+    return text;
+}
+
+static void serve_the_story(int task_id) {
+    tcpsrv_options options;
+    tcpsrv *own;
+    (void)task_id;
+    memset(&options, 0, sizeof options);
+    options.handle_stream = obey;
+    own = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_add_socket(own, story_listener), 0);
+    say_hello();
+    tcpsrv_loop_run(tcpsrv_loop_default());
+}
+
+static void workers_that_exit_otherwise_are_restarted_and_serve_until_all_exit_with_0(void) {
+    pid_t parent;
+    hello first, again;
+    int i, answered = 0;
+    story_listener = test_listener(&story_address);
+    parent = family(2, 3, serve_the_story);
+    close(story_listener);
+    first = next_hello();
+    next_hello();
+    for (i = 0; i < 2; i++) {
+        CHECK_STR(story("exit 2\n"), "");
+        again = next_hello();
+        CHECK(again.pid != first.pid && again.task_id >= 0 && again.task_id < 2);
+        answered += strlen(story("hello\n")) == 2;
+    }
+    CHECK_INT(answered, 2);
+    CHECK_STR(story("exit 0\n"), ""); /* and one is left */
+    CHECK_INT(strlen(story("hello\n")), 2);
+    CHECK_STR(story("exit 3\n"), "");
+    again = next_hello();
+    CHECK_INT(again.parent, parent);
+    CHECK_STR(story("exit 0\n"), "");
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_gone());
+    end();
+}
+
 /* ---- reload ---------------------------------------------------------------------------------- */
 
 /* Bound before the fork, in the test itself, so that it may connect whenever it likes. What is
@@ -483,6 +547,13 @@ static pid_t ask(int fd) {
     } while (text[n - 1] != '\n');
     text[n] = 0;
     return (pid_t)atoi(text);
+}
+
+static pid_t visit(void) {
+    int fd = dial();
+    pid_t pid = ask(fd);
+    close(fd);
+    return pid;
 }
 
 static void wait_until_collected(pid_t pid) {
@@ -655,6 +726,39 @@ static void an_old_worker_that_crashes_during_its_replacement_is_not_restarted_b
     end_family(parent);
     CHECK_INT(together->begun, 2);
     close(go[0]), close(go[1]);
+}
+
+static void allow_no_more_processes(int signo) {
+    struct rlimit none = { 0, 0 };
+    (void)signo;
+    setrlimit(RLIMIT_NPROC, &none);
+}
+
+static void make_server_of_a_user(void) {
+    make_server();
+    signal(SIGUSR1, allow_no_more_processes);
+    if (geteuid() == 0 && setuid(65534) != 0) _exit(77);
+}
+
+static void a_reload_that_cannot_fork_leaves_the_old_ones(void) {
+    hello old;
+    pid_t parent;
+    set_up();
+    listen_to_it();
+    listener = test_listener(&address);
+    before_fork = make_server_of_a_user;
+    parent = family(1, -1, reloadable);
+    close(listener);
+    old = next_hello();
+    if (old.task_id < 0) SKIP("another user to be");
+    kill(parent, SIGUSR1);
+    kill(parent, SIGHUP);
+    what_it_says("reload: the new child 0 does not serve: Resource temporarily unavailable");
+    CHECK_INT(visit(), old.pid);
+    kill(parent, SIGTERM);
+    CHECK_INT(exit_status(parent), 0);
+    CHECK(all_of_it_is_read());
+    end();
 }
 
 static void sigterm_during_a_reload_ends_all(void) {
@@ -930,13 +1034,6 @@ static pid_t upgradable(const char *mode, char *const *argv, int ready_ms) {
     return pid;
 }
 
-static pid_t visit(void) {
-    int fd = dial();
-    pid_t pid = ask(fd);
-    close(fd);
-    return pid;
-}
-
 static void the_successor_takes_over_and_what_is_open_goes_on_to_its_end(void) {
     hello old, fresh;
     pid_t pid = upgradable("serve", self, 20000);
@@ -950,12 +1047,32 @@ static void the_successor_takes_over_and_what_is_open_goes_on_to_its_end(void) {
     while (visit() == pid) continue; /* nobody is refused */
     fresh = next_hello();
     CHECK_INT(fresh.parent, pid);
-    CHECK_INT(fresh.descriptors, old.descriptors); /* the listening socket, and nothing else */
+    CHECK(fresh.descriptors <= old.descriptors); /* the listening socket, and nothing else */
     CHECK_INT(ask(fd), pid);
     close(fd);
     CHECK_INT(exit_status(pid), 0);
     CHECK_INT(visit(), fresh.pid);
     kill(fresh.pid, SIGTERM);
+    CHECK(all_gone());
+    end();
+}
+
+static void a_successor_that_ends_while_the_old_one_drains_is_collected(void) {
+    hello fresh;
+    pid_t pid = upgradable("serve", self, 20000);
+    int fd;
+    next_hello();
+    fd = dial();
+    CHECK_INT(ask(fd), pid);
+    CHECK_INT(write(fd, "half", 4), 4);
+    kill(pid, SIGUSR2);
+    fresh = next_hello();
+    while (visit() == pid) continue;
+    kill(fresh.pid, SIGKILL);
+    wait_until_collected(fresh.pid);
+    CHECK_INT(ask(fd), pid);
+    close(fd);
+    CHECK_INT(exit_status(pid), 0);
     CHECK(all_gone());
     end();
 }
@@ -1256,6 +1373,7 @@ int main(int argc, char **argv) {
         TEST(pauses_between_restarts_grow),
         TEST(no_restarts_allowed_means_the_first_crash_is_the_end),
         TEST(a_child_that_exits_with_0_is_not_restarted),
+        TEST(workers_that_exit_otherwise_are_restarted_and_serve_until_all_exit_with_0),
         TEST(sigterm_and_sigint_to_the_parent_end_all_in_order),
         TEST(a_second_signal_kills_those_that_stay),
         TEST(children_do_not_outlive_a_killed_parent),
@@ -1271,6 +1389,7 @@ int main(int argc, char **argv) {
         TEST(a_replacement_that_crashes_leaves_the_old_ones),
         TEST(a_replacement_that_does_not_serve_in_time_is_ended),
         TEST(an_old_worker_that_crashes_during_its_replacement_is_not_restarted_besides),
+        TEST(a_reload_that_cannot_fork_leaves_the_old_ones),
         TEST(sigterm_during_a_reload_ends_all),
         TEST(no_descriptor_is_left_by_forks_and_reloads),
         TEST(without_the_option_sighup_is_left_alone),
@@ -1281,6 +1400,7 @@ int main(int argc, char **argv) {
         TEST(sigusr1_is_left_to_a_program_that_uses_it),
         TEST(counters_of_several_servers_add_up),
         TEST(the_successor_takes_over_and_what_is_open_goes_on_to_its_end),
+        TEST(a_successor_that_ends_while_the_old_one_drains_is_collected),
         TEST(a_successor_that_crashes_leaves_the_old_one_serving),
         TEST(a_program_that_cannot_be_run_is_named_with_the_cause),
         TEST(a_successor_that_is_not_ready_in_time_is_told_to_end),
