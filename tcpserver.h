@@ -1117,20 +1117,26 @@ static size_t tcpsrv__sys_descriptor_limit(void) {
     return (size_t)limit.rlim_cur;
 }
 
+static TCPSRV__NOINLINE long tcpsrv__sys_receive_again(int fd, void *memory, size_t size) {
+    ssize_t n = -1;
+    while (n < 0 && errno == EINTR) n = read(fd, memory, size);
+    return n < 0 ? -errno : (long)n;
+}
+
 TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
-    ssize_t n;
-    do
-        n = read(fd, memory, size);
-    while (n < 0 && errno == EINTR);
-    return TCPSRV__LIKELY(n >= 0) ? (long)n : -errno;
+    ssize_t n = read(fd, memory, size);
+    return TCPSRV__LIKELY(n >= 0) ? (long)n : tcpsrv__sys_receive_again(fd, memory, size);
+}
+
+static TCPSRV__NOINLINE long tcpsrv__sys_send_again(int fd, const void *memory, size_t size) {
+    ssize_t n = -1;
+    while (n < 0 && errno == EINTR) n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
+    return n < 0 ? -errno : (long)n;
 }
 
 TCPSRV__INLINE long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
-    ssize_t n;
-    do
-        n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
-    while (n < 0 && errno == EINTR);
-    return TCPSRV__LIKELY(n >= 0) ? (long)n : -errno;
+    ssize_t n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
+    return TCPSRV__LIKELY(n >= 0) ? (long)n : tcpsrv__sys_send_again(fd, memory, size);
 }
 
 static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
@@ -2736,6 +2742,7 @@ struct tcpsrv_loop {
     tcpsrv__block *inbox, *outbox; /* NULL: made at the next need */
     char *outbox_at;
     size_t outbox_room;
+    int has_boxes;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
     void *links;                /* what a transport keeps for its streams */
     void (*links_free)(void *links);
@@ -4196,6 +4203,7 @@ static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
     512, 2048, 8192, 32768, 65536, 262144
 };
 enum { TCPSRV__BLOCK_HEAD = sizeof(struct tcpsrv__block) + 1 }; /* and room for a final NUL */
+enum { TCPSRV__OUTBOX_SIZE = 32768 - TCPSRV__BLOCK_HEAD };
 static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 0 };
 
 enum {
@@ -4364,7 +4372,7 @@ static TCPSRV__NOINLINE int tcpsrv__queue_append_more(tcpsrv_loop *loop, tcpsrv_
 }
 
 /* A copy of the bytes; all or nothing. */
-TCPSRV__INLINE int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
+static TCPSRV__NOINLINE int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
                                         size_t size) {
     tcpsrv__block *last = queue->last;
     size_t room;
@@ -4796,6 +4804,7 @@ static TCPSRV__NOINLINE void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     box->end = (size_t)(loop->outbox_at - box->data);
     if (!box->end) return;
     loop->outbox = NULL;
+    loop->has_boxes = 0;
     tcpsrv__queue_push(&stream->out, box);
     tcpsrv__make_flushing(&stream->source);
 }
@@ -4806,7 +4815,7 @@ TCPSRV__INLINE void tcpsrv__uncork(const tcpsrv_stream *stream) {
 
 TCPSRV__INLINE void tcpsrv__outbox_clear(tcpsrv_loop *loop, const tcpsrv__block *box) {
     loop->outbox_at = box->data;
-    loop->outbox_room = tcpsrv__class_size[TCPSRV__POOL_OUTBOX] - TCPSRV__BLOCK_HEAD;
+    loop->outbox_room = TCPSRV__OUTBOX_SIZE;
 }
 
 /* Both boxes there, and the outbox empty; else 0. */
@@ -4817,9 +4826,10 @@ static TCPSRV__NOINLINE int tcpsrv__boxes_make(tcpsrv_loop *loop) {
     }
     if (!loop->outbox) {
         loop->outbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_OUTBOX);
-        if (loop->outbox) tcpsrv__outbox_clear(loop, loop->outbox);
     }
-    return loop->inbox && loop->outbox;
+    loop->has_boxes = loop->inbox && loop->outbox;
+    if (loop->has_boxes) tcpsrv__outbox_clear(loop, loop->outbox);
+    return loop->has_boxes;
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -5174,6 +5184,7 @@ static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
     } else if (in->pool == TCPSRV__POOL_INBOX) {
         in->pool = TCPSRV__POOL_INPUT;
         loop->inbox = NULL;
+        loop->has_boxes = 0;
     }
 }
 
@@ -5267,7 +5278,7 @@ static TCPSRV__NOINLINE int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) 
 
 /* Tries to end the waiting read: with the buffer, and with what one receive a turn brings. 1: with
    *err and *bytes; 0: it waits. */
-TCPSRV__INLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+static TCPSRV__NOINLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
     for (;;) {
         if ((stream->in || stream->want_kind > TCPSRV__WANT_SOME) &&
             tcpsrv__read_match(stream, err, bytes)) {
@@ -5563,34 +5574,8 @@ static TCPSRV__NOINLINE void tcpsrv__output_step(tcpsrv_stream *stream) {
     else if (!stream->blocked) tcpsrv__make_ready(&stream->source);
 }
 
-static TCPSRV__COLD void tcpsrv__output_touch(tcpsrv_stream *stream) {
-    tcpsrv__touch_deadlines(stream, 1);
-    stream->extra->write_due = 0;
-}
-
-/* The common end of a run: one block, and the kernel takes all of it. */
 static void tcpsrv__stream_flush(tcpsrv__source *source) {
-    tcpsrv_stream *stream = tcpsrv__stream_of(source);
-    tcpsrv__block *block = stream->out.last;
-    size_t size = stream->out.size;
-    long n;
-    if (!block || block->next != block || block->pool < 0 || stream->blocked || stream->dead ||
-        stream->connecting || stream->foreign || stream->shut_wanted || stream->closing ||
-        size > stream->owner->gather_max) {
-        tcpsrv__output_step(stream);
-        return;
-    }
-    n = tcpsrv__sys_send_one(source->fd, block->data + block->begin, size);
-    if (!TCPSRV__LIKELY(n == (long)size)) {
-        tcpsrv__output_result(stream, n, size);
-        if (!stream->dead && stream->out.last && !stream->blocked) tcpsrv__make_ready(source);
-        return;
-    }
-    stream->owner->stats.bytes_written += size;
-    stream->out.last = NULL;
-    stream->out.size = 0;
-    tcpsrv__block_give(source->loop, block);
-    if (stream->extra) tcpsrv__output_touch(stream);
+    tcpsrv__output_step(tcpsrv__stream_of(source));
 }
 
 /* Before anything is queued, so that a failure leaves nothing behind. Without output it is moot. */
@@ -5950,85 +5935,123 @@ TCPSRV__INLINE void tcpsrv__uncork_send(tcpsrv_loop *loop, tcpsrv_stream *stream
     tcpsrv__output_result(stream, n, (size_t)size);
 }
 
-/* Calls back for one message after the other, as long as nothing but that happens; the rest is the
-   long way's. */
-TCPSRV__INLINE void tcpsrv__deliver(tcpsrv_loop *loop, tcpsrv_stream *stream, tcpsrv__block *in,
-                                    size_t size) {
-    const char *data = in->data;
-    int left = TCPSRV__BURST;
+/* What is not a message's usual way: the block has bytes from at on. */
+static TCPSRV__NOINLINE void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__block *block,
+                                                    const char *at, size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    block->begin = (size_t)(at - block->data);
+    block->end = block->begin + size;
+    stream->in = size ? block : NULL;
+    tcpsrv__input_step(stream);
+    if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
+}
+
+/* Nothing came, or as much as there was room for. */
+static TCPSRV__NOINLINE void tcpsrv__serve_received(tcpsrv_stream *stream, tcpsrv__block *block,
+                                                    long n) {
+    if (n <= 0) {
+        tcpsrv__receive_none(stream, n);
+        n = 0;
+    } else {
+        stream->owner->stats.bytes_read += (size_t)n;
+        stream->readable = 1;
+        stream->receive_turn = (uint16_t)stream->source.loop->turn;
+        tcpsrv__receive_adapt(stream, (size_t)n, 1);
+    }
+    tcpsrv__serve_long_way(stream, block, block->data, (size_t)n);
+}
+
+/* Calls back for one message after the other, as long as nothing but that happens. */
+TCPSRV__INLINE void tcpsrv__serve_callbacks(tcpsrv_loop *loop, tcpsrv_stream *stream) {
+    tcpsrv__block *box = loop->inbox;
+    const char *at = box->data;
+    size_t size, left = TCPSRV__BURST;
+    long n = tcpsrv__sys_receive(stream->source.fd, box->data, stream->owner->receive_max);
+    size = (size_t)n;
+    if (size - 1 >= stream->owner->receive_max - 1) {
+        tcpsrv__serve_received(stream, box, n);
+        return;
+    }
+    tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
+    stream->owner->stats.bytes_read += size;
+    loop->corked = stream;
+    box->end = size;
     stream->stepping = stream->spoke = 1;
-    while (stream->want_kind == TCPSRV__WANT_CHAR) {
+    do {
         tcpsrv_read_fn *fn = stream->read_fn;
         tcpsrv_bytes bytes;
-        const char *found;
-        found = (const char *)memchr(data, *(const char *)stream->want_memory, size);
-        if (!found) break;
-        bytes.data = data;
-        bytes.size = (size_t)(found + 1 - data);
-        if (bytes.size > stream->want_max) break;
+        const char *found = stream->want_kind == TCPSRV__WANT_CHAR
+                                ? (const char *)memchr(at, *(const char *)stream->want_memory, size)
+                                : NULL;
+        bytes.data = at;
+        bytes.size = (size_t)(found - at) + 1;
+        if (!found || bytes.size > stream->want_max) break;
+        at = found + 1;
         size -= bytes.size;
-        in->begin += bytes.size;
-        data = found + 1;
+        box->begin = box->end - size;
+        stream->in = size ? box : NULL;
         stream->read_fn = NULL;
         fn(stream, 0, bytes, stream->read_arg);
-        if (!stream->read_fn || loop->corked != stream || !size || !--left) break;
-    }
+    } while (size && stream->read_fn && loop->corked == stream && --left);
     stream->stepping = 0;
-    if (!size && loop->corked == stream && !stream->readable &&
-        stream->want_kind <= TCPSRV__WANT_SOME)
-        stream->in = NULL;
+    if (size || stream->want_kind > TCPSRV__WANT_SOME || loop->corked != stream)
+        tcpsrv__serve_long_way(stream, box, at, size);
     else
-        tcpsrv__input_step(stream);
+        tcpsrv__uncork_send(loop, stream);
+}
+
+/* Input that came into the inbox, for a coroutine to look at. */
+static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__serve_wide(tcpsrv_stream *stream) {
+    tcpsrv__receive_adapt(stream, tcpsrv__block_size(stream->in), 0);
+    tcpsrv__input_fit(stream);
+    return stream->in;
 }
 
 /* Resumes the coroutine that waits for a message, which goes on until it waits again. */
-TCPSRV__INLINE void tcpsrv__deliver_awaited(tcpsrv_stream *stream, tcpsrv__block *in, size_t size) {
-    tcpsrv__read_wait *wait;
-    tcpsrv_bytes bytes;
+TCPSRV__INLINE void tcpsrv__serve_coroutine(tcpsrv_loop *loop, tcpsrv_stream *stream) {
+    tcpsrv__block *block = stream->wide ? loop->inbox : tcpsrv__home_of(stream);
+    size_t size, asked = stream->wide ? stream->owner->receive_max : (size_t)TCPSRV__HOME_SIZE;
     const char *found = NULL;
-    if (stream->want_kind == TCPSRV__WANT_CHAR)
-        found = (const char *)memchr(in->data, *(const char *)stream->want_memory, size);
-    size = (size_t)(found - in->data) + 1;
-    if (!found || size > stream->want_max) {
-        tcpsrv__input_step(stream);
+    tcpsrv__read_wait *wait;
+    long n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
+    size = (size_t)n;
+    if (size - 1 >= asked - 1) {
+        tcpsrv__serve_received(stream, block, n);
         return;
     }
-    stream->spoke = 1;
-    tcpsrv__view(stream, size, &bytes);
+    tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
+    stream->owner->stats.bytes_read += size;
+    loop->corked = stream;
+    if (stream->want_kind == TCPSRV__WANT_CHAR)
+        found = (const char *)memchr(block->data, *(const char *)stream->want_memory, size);
+    if (!found || (size_t)(found - block->data) >= stream->want_max) {
+        tcpsrv__serve_long_way(stream, block, block->data, size);
+        return;
+    }
+    block->begin = 0;
+    block->end = size;
+    stream->in = block;
+    size = (size_t)(found - block->data) + 1;
+    if (stream->wide) block = tcpsrv__serve_wide(stream);
+    block->begin = size;
+    stream->viewed = stream->spoke = 1;
     wait = (tcpsrv__read_wait *)stream->read_arg;
-    wait->bytes = bytes;
+    wait->bytes.data = block->data;
+    wait->bytes.size = size;
     stream->read_fn = NULL;
     tcpsrv__waiter_resume(&wait->waiter, 0);
+    if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
+}
+
+/* Of deadlines only that for idleness, which this moves. */
+static TCPSRV__NOINLINE int tcpsrv__only_idles(tcpsrv_stream *stream) {
+    if (stream->extra->read_ns || stream->extra->write_ns) return 0;
+    tcpsrv__touch_deadlines(stream, 1);
+    return 1;
 }
 
 /* A message's usual way in one piece: bytes have come for a stream that has none, whose read waits,
    and that has nothing to send. */
-TCPSRV__INLINE void tcpsrv__serve_straight(tcpsrv_loop *loop, tcpsrv_stream *stream) {
-    int at_home = stream->in_stack && !stream->wide, full;
-    tcpsrv__block *block = at_home ? tcpsrv__home_of(stream) : loop->inbox;
-    size_t asked = at_home ? (size_t)TCPSRV__HOME_SIZE : stream->owner->receive_max;
-    long n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
-    if (n <= 0) {
-        tcpsrv__receive_none(stream, n);
-        tcpsrv__input_step(stream);
-        return;
-    }
-    block->begin = 0;
-    block->end = (size_t)n;
-    stream->in = block;
-    stream->owner->stats.bytes_read += (size_t)n;
-    full = (size_t)n == asked;
-    if (full || stream->wide) tcpsrv__receive_adapt(stream, (size_t)n, full);
-    stream->readable = full != 0;
-    if (full) stream->receive_turn = (uint16_t)loop->turn;
-    else tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
-    loop->corked = stream;
-    if (stream->read_fn == tcpsrv__await_done) tcpsrv__deliver_awaited(stream, block, (size_t)n);
-    else tcpsrv__deliver(loop, stream, block, (size_t)n);
-    if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
-    if (stream->extra) tcpsrv__touch_deadlines(stream, 1);
-}
-
 static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv_loop *loop = source->loop;
@@ -6037,12 +6060,19 @@ static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
                        !(stream->dead || stream->closing || stream->cancelled ||
                          stream->connecting || stream->unpolled || stream->ended || stream->deep ||
                          stream->foreign || stream->shut_wanted || stream->blocked ||
-                         stream->bulk || stream->winding)) &&
-        (!stream->extra || !(stream->extra->read_ns | stream->extra->write_ns)) &&
-        ((loop->inbox && loop->outbox) || tcpsrv__boxes_make(loop)))
-        tcpsrv__serve_straight(loop, stream);
-    else
-        tcpsrv__stream_told(stream, events);
+                         stream->bulk || stream->winding || stream->readable)) &&
+        (!stream->extra || tcpsrv__only_idles(stream)) &&
+        (loop->has_boxes || tcpsrv__boxes_make(loop))) {
+        if (stream->read_fn != tcpsrv__await_done) {
+            tcpsrv__serve_callbacks(loop, stream);
+            return;
+        }
+        if (stream->in_stack) {
+            tcpsrv__serve_coroutine(loop, stream);
+            return;
+        }
+    }
+    tcpsrv__stream_told(stream, events);
 }
 
 /* 1: the deadline has passed, and is none any more. */
@@ -6342,10 +6372,13 @@ static TCPSRV__NOINLINE int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_w
 TCPSRV__INLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, char delimiter, size_t max,
                                           tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
-    const char *data = in->data + in->begin, *found;
+    const char *data, *found;
     size_t size = in->end - in->begin;
-    if (in->pool != TCPSRV__POOL_HOME && (in->pool < 0 || tcpsrv__block_is_loose(in, size)))
-        return 0;
+    if (in->pool != TCPSRV__POOL_HOME) {
+        tcpsrv__input_trim(stream);
+        in = stream->in;
+    }
+    data = in->data + in->begin;
     found = (const char *)memchr(data, delimiter, size);
     size = (size_t)(found - data) + 1;
     if (!found || size > max || stream->burst == TCPSRV__BURST) return 0;
@@ -6370,9 +6403,8 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
         if (tcpsrv__await_buffered(stream, *delimiter, max, bytes)) return 0;
         goto anyhow;
     }
-    if ((in && in->pool != TCPSRV__POOL_HOME) ||
-        (stream->readable || stream->eof || stream->winding))
-        goto anyhow;
+    if (stream->readable || stream->eof || stream->winding) goto anyhow;
+    if (in && in->pool != TCPSRV__POOL_HOME) tcpsrv__block_give(loop, in);
     stream->in = NULL;
     stream->viewed = 0;
     stream->burst = 0;
