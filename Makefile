@@ -1,10 +1,11 @@
 # make run        builds the echo server and starts it on port 8888
 # make test       everything; the last line is the sum
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
-# make bench-count  instructions and system calls a request, exact (valgrind, strace, Linux)
 # make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
 #                 from FROM=n on; POLLER=epoll, kqueue or poll (all three where many are run)
 # make certs      a key and a certificate for the TLS examples, into build
+# make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
+# make bench-count, make bench-check, make bench-plot: see tests/bench/results/README.md
 # make examples, make lint, make install, make clean
 
 CC = cc
@@ -46,7 +47,7 @@ POLLER = epoll
 SEEDS = 1000
 FROM = 1
 
-export CC CFLAGS BUILD
+export CC CFLAGS BUILD ROUNDS ONLY WORK RECORD
 
 all: examples
 
@@ -119,25 +120,8 @@ test:
 	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/tornado.sh tests/sim.sh tests/e2e.sh \
 		tests/matrix.sh
 
-# What users run: no warnings asked for, optimised.
-BENCH_OURS = $(patsubst %,$(BUILD)/bench/%,ours_callbacks ours_coroutines)
-
-$(BENCH_OURS): $(BUILD)/bench/%: tests/bench/servers/%.c tests/bench/servers/served_file.h \
-        tcpserver.h
-	@mkdir -p $(BUILD)/bench
-	$(CC) -O2 $< -o $@
-
-$(BUILD)/bench/raw_epoll: tests/bench/servers/raw_epoll.c tests/bench/servers/peer.h \
-        tests/bench/servers/served_file.h
-	@mkdir -p $(BUILD)/bench
-	$(CC) -O2 $< -o $@
-
-$(BUILD)/bench/%: tests/bench/%.c tests/tools/tool.h
-	@mkdir -p $(BUILD)/bench
-	$(CC) -O2 $< -o $@
-
-bench-count: $(BENCH_OURS) $(BUILD)/bench/raw_epoll $(BUILD)/bench/lockstep
-	@python3 tests/bench/bench.py count $(ONLY)
+bench bench-count bench-check bench-plot:
+	@$(MAKE) --no-print-directory -f tests/bench/Makefile $@
 
 lint:
 	@sh tests/lint.sh
@@ -151,4 +135,5 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run certs examples programs unit sim test bench-count lint install clean FORCE
+.PHONY: all run certs examples programs unit sim test bench bench-count bench-check bench-plot \
+        lint install clean FORCE

@@ -4,7 +4,7 @@
 
 cd "$(dirname "$0")/.." || exit 1
 header=tcpserver.h
-sources=$(ls tcpserver.h tests/*.[ch] tests/*/*.[ch] examples/*.[ch] 2>/dev/null)
+sources=$(ls tcpserver.h tests/*.[ch] tests/*/*.[ch] tests/*/*/*.[ch] examples/*.[ch] 2>/dev/null)
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 passed=0 failed=0 skipped=0

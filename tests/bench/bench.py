@@ -1,25 +1,84 @@
 #!/usr/bin/env python3
 """Measures the library's servers beside others that do the same work.
 
-    bench.py count [NAME...]    instructions and system calls a request, exact
+    bench.py run       everything, interleaved, into BUILD/bench/results.jsonl; prints the report
+    bench.py count     instructions and system calls a request, exact
+    bench.py check     the same compared with tests/bench/expected.tsv; record writes that file
+    bench.py plot      tables and pictures in tests/bench/results from the last run
 
-Run by make bench-count, which builds the programs. BUILD is where they are.
+Run by make bench and its kin, which build the programs. BUILD is where they are; ONLY names servers
+and WORK works, all without them; ROUNDS says how many.
 """
 
+import json
 import os
+import platform
 import random
 import re
+import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+import report  # noqa: E402
+
 BUILD = os.path.join(os.environ.get("BUILD") or os.path.join(HERE, "../../build"), "bench")
+RESULTS = os.path.join(BUILD, "results.jsonl")
+EXPECTED = os.path.join(HERE, "expected.tsv")
+ONLY = os.environ.get("ONLY", "").split()
+WORK = os.environ.get("WORK", "").split()
+ROUNDS = int(os.environ.get("ROUNDS") or 15)
 
 OURS = ["ours_callbacks", "ours_coroutines"]
+SCRIPTS = {
+    "go": ["env", "GOMAXPROCS=1", os.path.join(BUILD, "go")],
+    "node": ["node", os.path.join(HERE, "servers/node.js")],
+    "tornado": ["/usr/bin/python3", os.path.join(HERE, "servers/tornado_echo.py")],
+}
+SERVERS = ["raw_epoll"] + OURS + ["libuv", "libevent", "libev"] + list(SCRIPTS)
+
+FILE_SIZE = 64 << 20
+
+# name: mode of the server, arguments of load
+WORKS = {
+    "1-connection": ("line", "work=keep connections=1"),
+    "50-connections": ("line", "work=keep connections=50"),
+    "1000-connections": ("line", "work=keep connections=1000"),
+    "10000-connections": ("line", "work=keep connections=10000"),
+    "16-deep": ("line", "work=keep depth=16"),
+    "64-deep": ("line", "work=keep depth=64"),
+    "16-KB-lines": ("line", "work=keep size=16384"),
+    "bulk": ("chunk", "work=keep connections=8 size=65536 depth=4"),
+    "peer-closes": ("line", "work=peer connections=16"),
+    "server-closes": ("once", "work=server connections=16"),
+    "write": ("write", f"work=download connections=4 size={FILE_SIZE}"),
+    "sendfile": ("file", f"work=download connections=4 size={FILE_SIZE}"),
+    "15000-idle": ("line", "work=keep connections=50 idle=15000"),
+    "two-cores": ("fork", "work=keep connections=100"),
+}
+NOT_ABLE = {"libuv": {"sendfile"}, "node": {"sendfile"}, "tornado": {"sendfile"}}
+
+# name: mode of the server, arguments of lockstep, requests a round, rounds
+COUNTED = {
+    "1-connection": ("line", "keep 1 64 1", 1, 200),
+    "50-connections": ("line", "keep 50 64 1", 50, 40),
+    "16-deep": ("line", "keep 50 64 16", 800, 10),
+    "16-KB-lines": ("line", "keep 50 16384 1", 50, 10),
+    "peer-closes": ("line", "peer 64", 1, 100),
+    "server-closes": ("once", "server 64", 1, 100),
+}
+
+GROWTH = [10, 100, 1000, 10000, 15000]
+GROWTH_ROUNDS = 5
+PIECES = [1, 64, 4096, 65536]
+LONGEST_LINE = 64 << 20
+IDLE = 10000
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -32,7 +91,7 @@ def enter_own_network():
     setup = "ip link set lo up && sysctl -qw net.ipv4.tcp_congestion_control=reno && exec \"$@\""
     words = ["unshare", "-n", "sh", "-c", setup, "sh"]
     allowed = subprocess.run(words + ["true"], stderr=subprocess.DEVNULL).returncode == 0
-    os.environ["BENCH_NETWORK"] = "own" if allowed else "shared"
+    os.environ["BENCH_NETWORK"] = "of its own, reno" if allowed else "shared"
     if allowed:
         os.execvp(words[0], words + [sys.executable] + sys.argv)
 
@@ -52,26 +111,97 @@ def free_port():
 
 
 def wait_until_listening(port, process):
-    for _ in range(600):
+    for _ in range(2000):
         with socket.socket() as one:
             if one.connect_ex(("127.0.0.1", port)) == 0:
                 return
         if process.poll() is not None:
             break
-        time.sleep(0.05)
+        time.sleep(0.01)
     sys.exit(f"{process.args}: does not listen")
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
 
 
 def program_of(process):
     """The program's pid: the tool's own under valgrind, the tool's child under strace."""
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-        return int((file.read().split() or [process.pid])[0])
+    return (children(process.pid) or [process.pid])[0]
 
 
-def end(process):
+def end(process, program=None):
     if process.poll() is None:
-        os.kill(program_of(process), signal.SIGTERM)
-        process.wait()
+        os.kill(program or process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def allow_descriptors():
+    limits = resource_limits()
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits, limits))
+
+
+def resource_limits():
+    import resource
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def cores():
+    """For the server, for the load."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return {allowed[0]}, {allowed[-1]}
+
+
+def start(server, mode, tool=(), prepare=None):
+    port = free_port()
+    words = SCRIPTS.get(server) or [os.path.join(BUILD, server)]
+    if mode == "fork" and server in OURS:
+        words = [os.path.join(BUILD, "prefork"), str(port), "2"]
+    elif mode == "fork" and server == "go":
+        words = ["env", "GOMAXPROCS=2", words[-1], str(port), "line"]
+    else:
+        words = words + [str(port), mode, os.path.join(BUILD, "file")]
+
+    def before():
+        allow_descriptors()
+        if prepare:
+            prepare()
+        elif mode != "fork":
+            os.sched_setaffinity(0, cores()[0])
+
+    process = subprocess.Popen(list(tool) + words, preexec_fn=before, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    wait_until_listening(port, process)
+    return process, port
+
+
+def can(server, work):
+    if work == "two-cores":
+        return server in ("raw_epoll", "ours_coroutines", "go")
+    return work not in NOT_ABLE.get(server, ())
+
+
+def installed(server):
+    if server == "node":
+        return shutil.which("node") is not None
+    if server == "tornado":
+        return subprocess.run(["/usr/bin/python3", "-c", "import tornado"],
+                              stderr=subprocess.DEVNULL).returncode == 0
+    return os.path.exists(os.path.join(BUILD, server))
+
+
+def chosen_servers():
+    names = ONLY or SERVERS
+    for name in names:
+        if not installed(name):
+            print(f"no {name} here", flush=True)
+    return [name for name in names if installed(name)]
 
 
 # ---- exact counts --------------------------------------------------------------------------------
@@ -80,41 +210,28 @@ def end(process):
 # before it waits is one batch for the server. As a real-time process, where that is allowed, the
 # client is not preempted by anybody else either.
 def below_the_client():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, cores()[0])
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def above_the_server():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    allow_descriptors()
+    os.sched_setaffinity(0, cores()[0])
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except PermissionError:
         pass
 
 
-# name, mode of the server, arguments of lockstep, requests a round, rounds
-COUNTED = {
-    "1 connection": ("line", "keep 1 64 1", 1, 200),
-    "50 connections": ("line", "keep 50 64 1", 50, 40),
-    "16 deep": ("line", "keep 50 64 16", 800, 10),
-    "16 KB lines": ("line", "keep 50 16384 1", 50, 10),
-    "peer closes": ("line", "peer 64", 1, 100),
-    "server closes": ("once", "server 64", 1, 100),
-}
-
-
 def run_counted(server, mode, work, tool):
-    port = free_port()
-    process = subprocess.Popen(tool + [os.path.join(BUILD, server), str(port), mode],
-                               preexec_fn=below_the_client, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process, port = start(server, mode, tool, below_the_client)
+    program = program_of(process)
     try:
-        wait_until_listening(port, process)
-        subprocess.run([os.path.join(BUILD, "lockstep"), str(port), str(program_of(process))] +
-                       work.split(), check=True, preexec_fn=above_the_server, timeout=120)
-        process.wait(20)
+        subprocess.run([os.path.join(BUILD, "lockstep"), str(port), str(program)] + work.split(),
+                       check=True, preexec_fn=above_the_server, timeout=300)
+        process.wait(30)
     finally:
-        end(process)
+        end(process, program)
 
 
 def instructions(server, mode, work):
@@ -132,38 +249,313 @@ def system_calls(server, mode, work):
         return {name: int(calls) for calls, name in lines if name != "total"}
 
 
-def counted(server, name):
-    """Instructions, system calls and the calls by name, each for one request: what a run of twice
-    the length has more than one of the simple length, so that start and end do not count."""
-    mode, work, requests, rounds = COUNTED[name]
-    more = requests * rounds
-    short, long = f"{work} {rounds}", f"{work} {2 * rounds}"
-    used = (instructions(server, mode, long) - instructions(server, mode, short)) / more
-    few, many = system_calls(server, mode, short), system_calls(server, mode, long)
-    by_name = {call: (many[call] - few.get(call, 0)) / more for call in many}
-    by_name = {call: number for call, number in by_name.items() if number}
-    return used, sum(by_name.values()), by_name
+# Of one request: what a run of twice the length has more than one of the simple length, so that
+# start and end do not count.
+def instructions_each(server, mode, work, requests, rounds):
+    if server in ("go", "node", "tornado"):
+        return None
+    more = instructions(server, mode, f"{work} {2 * rounds}")
+    return (more - instructions(server, mode, f"{work} {rounds}")) / (requests * rounds)
+
+
+def system_calls_each(server, mode, work, requests, rounds):
+    few = system_calls(server, mode, f"{work} {rounds}")
+    many = system_calls(server, mode, f"{work} {2 * rounds}")
+    each = {name: (many[name] - few.get(name, 0)) / (requests * rounds) for name in many}
+    return {name: calls for name, calls in each.items() if calls}
 
 
 def count(servers):
+    for server in servers:
+        for work in COUNTED:
+            if WORK and work not in WORK:
+                continue
+            calls = system_calls_each(server, *COUNTED[work])
+            yield {"kind": "count", "server": server, "work": work,
+                   "instructions": instructions_each(server, *COUNTED[work]),
+                   "system_calls": sum(calls.values()),
+                   "by_name": " ".join(f"{name} {calls[name]:.2f}" for name in
+                                       sorted(calls, key=calls.get, reverse=True))}
+
+
+def print_counts(servers):
     print(f"{'':16} {'':16} {'instructions':>12} {'system calls':>12}   a request")
-    for server in servers or ["raw_epoll"] + OURS:
-        for name in COUNTED:
-            used, calls, by_name = counted(server, name)
-            detail = " ".join(f"{call} {by_name[call]:.2f}"
-                              for call in sorted(by_name, key=by_name.get, reverse=True))
-            print(f"{server:16} {name:16} {used:12.1f} {calls:12.3f}   {detail}", flush=True)
+    for row in count(servers):
+        print("{server:16} {work:16} {instructions:12.1f} {system_calls:12.3f}   {by_name}"
+              .format(**dict(row, instructions=row["instructions"] or 0)), flush=True)
+
+
+# ---- kept ----------------------------------------------------------------------------------------
+
+ALLOWED = 1.03
+
+
+def compiler():
+    words = [os.environ.get("CC") or "cc", "--version"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.split("\n")[0]
+
+
+def record():
+    with open(EXPECTED, "w") as file:
+        file.write(f"# {compiler()}, {platform.machine()}\n")
+        file.write("# server\twork\tinstructions a request\tsystem calls a request\n")
+        for row in count(OURS):
+            file.write("{server}\t{work}\t{instructions:.1f}\t{system_calls:.3f}\n".format(**row))
+    print(f"written: {os.path.relpath(EXPECTED)}")
+
+
+def check():
+    for tool in ("valgrind", "strace"):
+        if not shutil.which(tool):
+            print(f"skip bench-check: no {tool}\n0 passed, 0 failed, 1 skipped")
+            return 1 if os.environ.get("CI") or os.environ.get("TEST_NO_SKIP") else 0
+    with open(EXPECTED) as file:
+        lines = [line.rstrip("\n").split("\t") for line in file]
+    expected = {(words[0], words[1]): (float(words[2]), float(words[3])) for words in lines[2:]}
+    same = lines[0] == [f"# {compiler()}, {platform.machine()}"]
+    passed, failed, skipped = 0, 0, 0
+    if not same:
+        print(f"skip instructions: counted with {lines[0][0][2:]}")
+        skipped = 1
+    for row in count(OURS):
+        before = expected[row["server"], row["work"]]
+        for name, allowed in (("instructions", before[0]), ("system_calls", before[1])):
+            if name == "instructions" and not same:
+                continue
+            figure = f"{row['server']}, {row['work']}: {row[name]:.2f} {name} a request"
+            if row[name] > allowed * ALLOWED:
+                print(f"FAIL {figure}, expected {allowed:.2f} ({row['by_name']})", flush=True)
+                failed += 1
+            else:
+                passed += 1
+                if row[name] * ALLOWED < allowed:
+                    print(f"better: {figure}, stored are {allowed:.2f}: make bench-check RECORD=1")
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def keep(row):
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def load(server, mode, work, ms=300):
+    process, port = start(server, mode)
+    try:
+        pids = [process.pid] + (children(process.pid) if mode == "fork" else [])
+        words = [os.path.join(BUILD, "load"), f"port={port}", f"ms={ms}", "warm=80",
+                 "pids=" + ",".join(map(str, pids))] + work.split()
+        on = cores()[0] | cores()[1] if mode == "fork" else cores()[1]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120,
+                              preexec_fn=lambda: os.sched_setaffinity(0, on))
+        if done.returncode:
+            return {"error": done.stderr.strip()}
+        return json.loads(done.stdout)
+    finally:
+        end(process)
+
+
+def run_works(servers):
+    for number in range(ROUNDS):
+        began = time.monotonic()
+        for work, (mode, words) in WORKS.items():
+            if WORK and work not in WORK:
+                continue
+            able = [server for server in servers if can(server, work)]
+            # Each round begins with another one.
+            for i in range(len(able)):
+                server = able[(i + number) % len(able)]
+                row = load(server, mode, words)
+                keep(dict(kind="load", work=work, server=server, round=number, **row))
+        print(f"round {number + 1} of {ROUNDS}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def process_cpu(pid):
+    return time.clock_gettime((~pid << 3) | 2) # the kernel's name for a process's CPU clock
+
+
+def redis_round(number, server, depth):
+    port = free_port()
+    words = {"redis.c": [os.path.join(BUILD, "redis"), str(port)],
+             "redis-server": ["redis-server", "--port", str(port), "--save", "", "--bind",
+                              "127.0.0.1"]}[server]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=lambda: os.sched_setaffinity(0, cores()[0]))
+    try:
+        wait_until_listening(port, process)
+        for test in ("ping_mbulk", "set", "get"):
+            requests = 40000 if depth == 1 else 400000
+            before = process_cpu(process.pid)
+            done = subprocess.run(["redis-benchmark", "-p", str(port), "-c", "50", "-P", str(depth),
+                                   "-n", str(requests), "-r", "10000", "-t", test, "--csv"],
+                                  capture_output=True, text=True, timeout=60,
+                                  preexec_fn=lambda: os.sched_setaffinity(0, cores()[1]))
+            used = process_cpu(process.pid) - before
+            figures = done.stdout.strip().split("\n")[-1].replace('"', "").split(",")
+            keep({"kind": "load", "server": server, "round": number,
+                  "work": f"{test.split('_')[0]}-{depth}-deep", "rate": float(figures[1]),
+                  "cpu_us": used * 1e6 / requests, "p50_us": float(figures[4]) * 1e3,
+                  "p99_us": float(figures[6]) * 1e3})
+    finally:
+        end(process)
+
+
+def run_redis():
+    if WORK and "redis" not in WORK:
+        return
+    if not shutil.which("redis-server") or not shutil.which("redis-benchmark"):
+        print("no redis here")
+        return
+    for number in range(ROUNDS):
+        for depth in (1, 16):
+            for server in random.sample(["redis-server", "redis.c"], 2):
+                redis_round(number, server, depth)
+    print("redis: done", flush=True)
+
+
+def private_memory(pid):
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        text = file.read()
+    return 1024 * sum(int(size) for size in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M))
+
+
+def wait_for_descriptors(pid, at_most):
+    for _ in range(400):
+        if len(os.listdir(f"/proc/{pid}/fd")) <= at_most:
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
+
+
+def crowd(port, connections):
+    process = subprocess.Popen([os.path.join(BUILD, "crowd"), str(port), str(connections), "1", "1"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=allow_descriptors)
+    if not process.stdout.readline():
+        sys.exit("crowd: failed")
+    return process
+
+
+def measure_memory(server):
+    """After one echo on each connection, and after all of them are closed."""
+    process, port = start(server, "line")
+    try:
+        time.sleep(0.5 if server in SCRIPTS else 0.05)
+        crowd(port, 3).communicate()
+        time.sleep(0.2)
+        descriptors, before = len(os.listdir(f"/proc/{process.pid}/fd")), private_memory(process.pid)
+        many = crowd(port, IDLE)
+        with_many = private_memory(process.pid)
+        many.communicate()
+        wait_for_descriptors(process.pid, descriptors)
+        return {"kind": "memory", "server": server, "each": (with_many - before) / IDLE,
+                "kept": private_memory(process.pid) - before}
+    finally:
+        end(process)
+
+
+def measure_growth():
+    """The cost of a request with the number of connections."""
+    kinds = [("raw_epoll", "line")] + [(server, mode) for server in OURS
+                                       for mode in ("line", "timed")]
+    for number in range(GROWTH_ROUNDS):
+        for connections in GROWTH:
+            for server, mode in kinds:
+                row = load(server, mode, f"work=keep connections={connections}")
+                keep(dict(kind="growth", server=server, mode=mode, connections=connections,
+                          round=number, **row))
+    for connections in GROWTH:
+        for server, mode in kinds:
+            keep({"kind": "growth", "server": server, "mode": mode, "connections": connections,
+                  "instructions": instructions_each(server, mode, f"keep {connections} 64 1",
+                                                    connections, max(1, 1000 // connections))})
+    print("growth with connections: done", flush=True)
+
+
+def measure_inside():
+    words = [["switch"]] + [["lines", str(piece), str(LONGEST_LINE)] for piece in PIECES]
+    for arguments in words:
+        done = subprocess.run([os.path.join(BUILD, "inside")] + arguments, capture_output=True,
+                              text=True, check=True,
+                              preexec_fn=lambda: os.sched_setaffinity(0, cores()[0]))
+        for line in done.stdout.splitlines():
+            keep(dict(kind="inside", **json.loads(line)))
+    print("lines and switches: done", flush=True)
+
+
+def first_line(*words):
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.stdout.split("\n")[0]
+    except OSError:
+        return ""
+
+
+def versions():
+    found = {"libuv": first_line("pkg-config", "--modversion", "libuv"),
+             "libevent": first_line("pkg-config", "--modversion", "libevent"),
+             "libev": first_line("dpkg-query", "-W", "-f", "${Version}", "libev-dev"),
+             "Go": first_line("go", "version").replace("go version ", ""),
+             "Node": first_line("node", "--version"),
+             "Tornado": first_line("/usr/bin/python3", "-c",
+                                   "import tornado; print(tornado.version)"),
+             "redis": first_line("redis-server", "--version")}
+    found["redis"] = "".join(re.findall(r"v=([\d.]+)", found["redis"]))
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def keep_method():
+    with open("/proc/cpuinfo") as file:
+        processor = re.search(r"^model name\s*: (.*)$", file.read(), re.M)
+    keep({"kind": "method", "rounds": ROUNDS, "growth_rounds": GROWTH_ROUNDS,
+          "processor": processor.group(1) if processor else platform.machine(),
+          "cores": len(os.sched_getaffinity(0)), "system": f"Linux {platform.release()}",
+          "compiler": compiler(), "versions": versions(),
+          "network": os.environ["BENCH_NETWORK"]})
+
+
+def run():
+    servers = chosen_servers()
+    if os.path.exists(RESULTS):
+        os.remove(RESULTS)
+    with open(os.path.join(BUILD, "file"), "wb") as file:
+        subprocess.run([os.path.join(BUILD, "load"), "work=file", f"size={FILE_SIZE}"],
+                       stdout=file, check=True)
+    keep_method()
+    run_works(servers)
+    run_redis()
+    if not WORK or "count" in WORK:
+        for row in count([server for server in servers if server not in ("go", "node")]):
+            keep(row)
+    if not WORK or "memory" in WORK:
+        for server in servers:
+            keep(measure_memory(server))
+    if not WORK or "growth" in WORK:
+        measure_growth()
+        measure_inside()
+    report.print_report(report.read(RESULTS))
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 def main():
-    command, words = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "plot":
+        return report.plot(RESULTS)
     enter_own_network()
     if command == "count":
-        count(words)
+        print_counts(ONLY or ["raw_epoll"] + OURS)
+    elif command == "check":
+        return check()
+    elif command == "record":
+        record()
+    elif command == "run":
+        run()
     else:
         sys.exit(__doc__)
+    return 0
 
 
-main()
+sys.exit(main())

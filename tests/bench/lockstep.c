@@ -8,27 +8,48 @@
  * close; the client closes first, or waits for the server's end.
  */
 #include "../tools/tool.h"
+#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 
 static pid_t server;
-static int server_state = -1; /* its /proc/PID/stat */
 
-/* Until the server waits for events: a process that has something to do is not in state S. */
-static void settle(void) {
+static int sleeps(const char *stat_path) {
     char text[512], *state;
-    int i;
-    for (i = 0; i < 100000; i++) {
-        ssize_t n;
-        usleep(200);
-        n = pread(server_state, text, sizeof text - 1, 0);
-        if (n <= 0) tool_fail("the server's state");
-        text[n] = 0;
-        state = strrchr(text, ')');
-        if (state && state[1] == ' ' && state[2] == 'S') return;
+    int fd = open(stat_path, O_RDONLY);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    state = strrchr(text, ')');
+    return state && state[1] == ' ' && state[2] == 'S';
+}
+
+/* All threads: who has something to do is not in state S, also when it waits for a core. */
+static int server_sleeps(void) {
+    char path[300];
+    struct dirent *entry;
+    int all = 1;
+    DIR *tasks;
+    snprintf(path, sizeof path, "/proc/%ld/task", (long)server);
+    tasks = opendir(path);
+    if (!tasks) tool_fail("the server's threads");
+    while (all && (entry = readdir(tasks)) != NULL) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "/proc/%ld/task/%s/stat", (long)server, entry->d_name);
+        all = sleeps(path);
     }
+    closedir(tasks);
+    return all;
+}
+
+static void settle(void) {
+    int tries = 100000;
+    do
+        usleep(200);
+    while (!server_sleeps() && --tries);
     errno = ETIMEDOUT;
-    tool_fail("the server's sleep");
+    if (!tries) tool_fail("the server's sleep");
 }
 
 static char *make_burst(size_t size, size_t depth) {
@@ -47,7 +68,7 @@ static int keep(int port, char **arg) {
     int *fds = malloc((size_t)connections * sizeof *fds);
     if (!fds) tool_fail("malloc");
     for (i = 0; i < connections; i++) {
-        settle();
+        if (i % (1 + connections / 100) == 0) settle();
         fds[i] = tool_connect(port);
     }
     while (rounds--) {
@@ -88,11 +109,8 @@ static int churn(int port, int server_first, char **arg) {
 
 int main(int argc, char **argv) {
     int port = argc > 1 ? atoi(argv[1]) : 0;
-    char path[64];
     if (argc < 4) return 2;
     server = (pid_t)atol(argv[2]);
-    snprintf(path, sizeof path, "/proc/%ld/stat", (long)server);
-    server_state = open(path, O_RDONLY);
     if (argc == 8 && strcmp(argv[3], "keep") == 0) return keep(port, argv + 4);
     if (argc == 6 && strcmp(argv[3], "peer") == 0) return churn(port, 0, argv + 4);
     if (argc == 6 && strcmp(argv[3], "server") == 0) return churn(port, 1, argv + 4);

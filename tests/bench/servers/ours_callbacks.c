@@ -1,8 +1,9 @@
 /* The echo server as a user would write it with callbacks.
  *
- * ours_callbacks PORT [line|chunk|once|file FILE|write FILE]: line (without an argument too) sends
- * lines back, chunk whatever came, once one line and then closes. file and write answer each line
- * with the file, by tcpsrv_sendfile and from memory.
+ * ours_callbacks PORT [line|timed|chunk|once|file FILE|write FILE]: line (without an argument too)
+ * sends lines back, timed too but ends idle connections, chunk sends back whatever came, once one
+ * line and then closes. file and write answer each line with the file, by tcpsrv_sendfile and from
+ * memory.
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../../../tcpserver.h"
@@ -99,6 +100,7 @@ int main(int argc, char **argv) {
     if (argc < 2) return 2;
     options.on_stream = handler_of(argc > 2 ? argv[2] : "line");
     options.max_write_buffer_size = 2 << 20; /* a line of 1 MiB beside write_high_water */
+    if (argc > 2 && strcmp(argv[2], "timed") == 0) options.idle_timeout_ms = 60000;
     if (argc > 3) open_served_file(argv[3]);
     server = tcpsrv_new(&options);
     if (!server || tcpsrv_listen(server, atoi(argv[1]), "127.0.0.1") != 0) {

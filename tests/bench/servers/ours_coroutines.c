@@ -1,6 +1,6 @@
 /* The echo server as a user would write it with coroutines.
  *
- * ours_coroutines PORT [line|chunk|once|file FILE|write FILE]: as ours_callbacks.
+ * ours_coroutines PORT [line|timed|chunk|once|file FILE|write FILE]: as ours_callbacks.
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../../../tcpserver.h"
@@ -66,6 +66,7 @@ int main(int argc, char **argv) {
     tcpsrv *server;
     if (argc < 2) return 2;
     options.handle_stream = handler_of(argc > 2 ? argv[2] : "line");
+    if (argc > 2 && strcmp(argv[2], "timed") == 0) options.idle_timeout_ms = 60000;
     if (argc > 3) open_served_file(argv[3]);
     server = tcpsrv_new(&options);
     if (!server || tcpsrv_listen(server, atoi(argv[1]), "127.0.0.1") != 0) {

@@ -1,9 +1,11 @@
 /* Hand-written epoll, the practical limit: level-triggered, one read for each wake-up (a short one
  * proves the socket empty), one write from where the bytes lie, EPOLLOUT only while the kernel's
- * buffer is full, memory only for an unfinished line and unsent output.
+ * buffer is full, memory only for an unfinished line and unsent output. Its mode fork is line in
+ * two processes that share the listening socket.
  */
 #include "peer.h"
 #include <sys/epoll.h>
+#include <sys/prctl.h>
 #include <sys/sendfile.h>
 
 enum { EVENTS = 512, ACCEPTS = 64 };
@@ -101,8 +103,9 @@ static void on_acceptable(int listener) {
 int main(int argc, char **argv) {
     int listener = peer_listen(peer_setup(argc, argv)), i, n;
     struct epoll_event events[EVENTS], event;
+    if (argc > 2 && strcmp(argv[2], "fork") == 0 && fork() == 0) prctl(PR_SET_PDEATHSIG, SIGTERM);
     poller = epoll_create1(EPOLL_CLOEXEC);
-    event.events = EPOLLIN;
+    event.events = EPOLLIN | EPOLLEXCLUSIVE;
     event.data.ptr = NULL;
     epoll_ctl(poller, EPOLL_CTL_ADD, listener, &event);
     for (;;) {
