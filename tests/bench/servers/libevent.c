@@ -10,6 +10,17 @@ static void send_file(struct evbuffer *out) {
     else evbuffer_add_file(out, dup(served_file.fd), 0, (ev_off_t)served_file.size);
 }
 
+static void on_written(struct bufferevent *stream, void *arg) {
+    (void)arg;
+    bufferevent_free(stream);
+}
+
+static void on_event(struct bufferevent *stream, short what, void *arg) {
+    (void)what;
+    (void)arg;
+    bufferevent_free(stream);
+}
+
 static void on_read(struct bufferevent *stream, void *arg) {
     struct evbuffer *in = bufferevent_get_input(stream), *out = bufferevent_get_output(stream);
     struct evbuffer_ptr end;
@@ -26,19 +37,9 @@ static void on_read(struct bufferevent *stream, void *arg) {
             send_file(out);
         } else {
             evbuffer_remove_buffer(in, out, (size_t)end.pos + 1);
+            if (mode == ONCE) bufferevent_setcb(stream, NULL, on_written, on_event, NULL);
         }
     }
-}
-
-static void on_written(struct bufferevent *stream, void *arg) {
-    (void)arg;
-    bufferevent_free(stream);
-}
-
-static void on_event(struct bufferevent *stream, short what, void *arg) {
-    (void)what;
-    (void)arg;
-    bufferevent_free(stream);
 }
 
 static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struct sockaddr *peer,
@@ -52,7 +53,7 @@ static void on_accept(struct evconnlistener *listener, evutil_socket_t fd, struc
     stream = bufferevent_socket_new(evconnlistener_get_base(listener), fd, BEV_OPT_CLOSE_ON_FREE);
     bufferevent_set_max_single_read(stream, READ_SIZE);
     bufferevent_set_max_single_write(stream, mode >= SEND_FILE ? SERVED_PIECE : READ_SIZE);
-    bufferevent_setcb(stream, on_read, mode == ONCE ? on_written : NULL, on_event, NULL);
+    bufferevent_setcb(stream, on_read, NULL, on_event, NULL);
     bufferevent_enable(stream, EV_READ | EV_WRITE);
 }
 
