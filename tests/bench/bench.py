@@ -15,10 +15,10 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -142,14 +142,8 @@ def end(process, program=None):
 
 
 def allow_descriptors():
-    limits = resource_limits()
-    import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits, limits))
-
-
-def resource_limits():
-    import resource
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def cores():
@@ -267,9 +261,7 @@ def system_calls_each(server, mode, work, requests, rounds):
 
 def count(servers):
     for server in servers:
-        for work in COUNTED:
-            if WORK and work not in WORK:
-                continue
+        for work in [work for work in COUNTED if work in WORK] or COUNTED:
             calls = system_calls_each(server, *COUNTED[work])
             yield {"kind": "count", "server": server, "work": work,
                    "instructions": instructions_each(server, *COUNTED[work]),
