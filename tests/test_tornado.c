@@ -779,7 +779,31 @@ static void a_reset_in_the_handshake_costs_one_connection(void) {
     gives(tcpsrv_exactly(5), "hello");
     end();
 }
+
+static void a_connections_deadline_covers_its_handshake(void) {
+    struct sockaddr_in address;
+    tcpsrv_connect_options target;
+    int mute = test_listener(&address);
+    if (!has_tls()) SKIP("no certificates: openssl is missing");
+    make_tls();
+    memset(&target, 0, sizeof target);
+    target.host = "127.0.0.1";
+    target.port = ntohs(address.sin_port);
+    target.tls = tls_here;
+    target.timeout_ms = 100;
+    loop = tcpsrv_loop_default();
+    reader = tcpsrv_connect(loop, &target);
+    CHECK(reader != NULL);
+    CHECK_INT(tcpsrv_wait_handshake(reader), TCPSRV_ETIMEDOUT);
+    CHECK(strstr(tcpsrv_last_error(), "timed out") != NULL);
+    close(mute);
+    end();
+}
 #else
+static void a_connections_deadline_covers_its_handshake(void) {
+    SKIP("BearSSL is missing");
+}
+
 static void a_handshake_is_waited_for_by_one_at_a_time(void) {
     SKIP("BearSSL is missing");
 }
@@ -1174,6 +1198,7 @@ int main(int argc, char **argv) {
         TEST(a_mebibyte_goes_through),
         TEST(a_handshake_is_waited_for_by_one_at_a_time),
         TEST(a_reset_in_the_handshake_costs_one_connection),
+        TEST(a_connections_deadline_covers_its_handshake),
         TEST(a_child_is_driven_through_its_pipes),
         TEST(a_childs_end_is_told_by_its_signal),
         TEST(a_killed_child_tells_the_signal),
