@@ -422,7 +422,8 @@ TCPSRV_API tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id);
    addresses of a name are tried in the resolver's order, the families in turn, the next when one
    has failed or after 250 ms; the first that is connected stays, and the failure is the last one's
    (RFC 8305). A name is looked up by getaddrinfo(3) in a helper thread of the loop (16 at most);
-   numeric addresses need none. A stream that ends before does not wait for its lookup. NULL where
+   numeric addresses need none. A stream or loop that ends before does not wait for its lookup, and
+   the thread frees what it has. A connection that meets itself is refused. NULL where
    it fails at once: -EINVAL, a numeric source or host that cannot be used, -ENOMEM, -EMFILE, ...;
    for a name -EAGAIN where no thread can be made, -ENOTSUP where the program was linked without
    threads (-pthread, on glibc before 2.34 and the BSDs). */
@@ -9977,6 +9978,19 @@ static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int fami
     return tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
 }
 
+/* Nobody listens there, and the kernel happened to give this side that very port: the connection
+   meets itself (RFC 9293 3.5, simultaneous open). */
+static TCPSRV__COLD int tcpsrv__meets_itself(int fd, const struct sockaddr *name, socklen_t size) {
+    struct sockaddr_storage own;
+    socklen_t own_size = sizeof own;
+    tcpsrv_address here, there;
+    if (name->sa_family == AF_UNIX || tcpsrv__sys_name(fd, &own, &own_size) != 0) return 0;
+    tcpsrv__address_from_sockaddr(&here, (const struct sockaddr *)&own, own_size);
+    tcpsrv__address_from_sockaddr(&there, name, size);
+    return here.port == there.port && here.family == there.family &&
+           memcmp(here.ip, there.ip, sizeof here.ip) == 0;
+}
+
 /* 1: connected at once; 0: under way; or a code. */
 static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int index) {
     const struct sockaddr *name = (const struct sockaddr *)&race->names.name[index];
@@ -9989,6 +10003,7 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
     race->making.step = "connect";
     tcpsrv__name_text(name, race->names.size[index], race->making.place);
     err = tcpsrv__sys_connect(fd, name, race->names.size[index]);
+    if (!err && tcpsrv__meets_itself(fd, name, race->names.size[index])) err = -ECONNREFUSED;
     return err < 0 ? err : !err;
 }
 
@@ -10068,16 +10083,19 @@ static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int event
     tcpsrv__attempt *attempt = TCPSRV__CONTAINER(tcpsrv__attempt, source, source);
     tcpsrv_stream *stream = attempt->stream;
     tcpsrv__race *race = tcpsrv__race_of(stream);
+    const struct sockaddr *name =
+        (const struct sockaddr *)&race->names.name[attempt->index];
+    socklen_t size = race->names.size[attempt->index];
     int index = attempt->index, err = tcpsrv__socket_error(source->fd);
     (void)events;
     if (!err && !tcpsrv__sys_connected(source->fd)) return; /* not yet */
+    if (!err && tcpsrv__meets_itself(source->fd, name, size)) err = -ECONNREFUSED;
     if (!err) {
         tcpsrv__race_won(stream, tcpsrv__attempt_end(attempt), index);
         return;
     }
     race->making.step = "connect";
-    tcpsrv__name_text((const struct sockaddr *)&race->names.name[index], race->names.size[index],
-                      race->making.place);
+    tcpsrv__name_text(name, size, race->making.place);
     tcpsrv__attempt_drop(source);
     err = tcpsrv__race_on(race, err);
     if (err) tcpsrv__die(stream, err);

@@ -1052,6 +1052,21 @@ static void refused_words(const char *words) {
     CHECK(strstr(tcpsrv_last_error(), words) == tcpsrv_last_error());
 }
 
+/* From a port to the same port, where nobody listens. */
+static void a_connection_that_meets_itself_is_refused(void) {
+    begin();
+    listen_on("127.0.0.1", AF_INET);
+    unlisten();
+    options.host = options.source_host = "127.0.0.1";
+    options.source_port = options.port;
+    stream = tcpsrv_connect(loop, &options);
+    if (stream) CHECK_INT(tcpsrv_await(stream, tcpsrv_ready(), NULL), -ECONNREFUSED);
+    CHECK(strstr(tcpsrv_last_error(), "connect 127.0.0.1:") == tcpsrv_last_error());
+    CHECK(strstr(tcpsrv_last_error(), "Connection refused") != NULL);
+    if (stream) tcpsrv_close(stream);
+    finish();
+}
+
 static void what_cannot_be_meant_is_refused_at_once(void) {
     begin();
     options.port = 0;
@@ -1161,6 +1176,7 @@ int main(int argc, char **argv) {
         TEST(a_deadline_ends_a_connection_that_nobody_answers),
         TEST(a_source_address_is_bound_and_a_foreign_one_refused),
         TEST(a_source_port_is_bound_and_a_used_one_refused),
+        TEST(a_connection_that_meets_itself_is_refused),
         TEST(what_cannot_be_meant_is_refused_at_once),
         TEST(any_failed_allocation_is_a_code),
     };
