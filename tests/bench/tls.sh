@@ -1,0 +1,122 @@
+#!/bin/sh
+# TLS beside openssl s_server and stunnel4, in one run: handshakes a second, full and resumed, and
+# downloads; each server's processor time for a handshake or a megabyte, of which "in the kernel"
+# is a part. All speak TLS 1.2 with the same suite and key. ROUNDS (3) are interleaved, the best
+# counts.
+#
+#   BUILD=build sh tests/bench/tls.sh [ec|rsa]
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+build=$(cd "${BUILD:-$root/build}" && pwd) || exit 1
+kind=${1:-ec}
+rounds=${ROUNDS:-3}
+seconds=2
+megabytes=256
+work=$(mktemp -d) || exit 1
+pids=
+trap 'kill $pids 2>/dev/null; rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+
+for command in openssl stunnel4 curl; do
+    command -v $command >/dev/null || { echo "no $command here"; exit 77; }
+done
+sh "$root/tests/tools/certs.sh" "$work/certificates" || exit
+pem=$work/certificates/$kind.pem key=$work/certificates/$kind.key
+[ "$kind" = rsa ] && suite=ECDHE-RSA-AES128-GCM-SHA256 || suite=ECDHE-ECDSA-AES128-GCM-SHA256
+
+listening() { # FILE: the port that a server of ours says
+    tries=100
+    until grep -q '^listening' "$1"; do
+        [ $((tries -= 1)) -gt 0 ] || { cat "$1"; exit 1; }
+        sleep 0.05
+    done
+    sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' "$1"
+}
+
+free_port() { # one that nobody has now
+    "$build/bench/ours_tls" 0 >"$work/probe" &
+    probe=$!
+    listening "$work/probe"
+    kill $probe
+    wait $probe 2>/dev/null
+}
+
+cc=${CC:-cc}
+mkdir -p "$build/bench"
+$cc -O2 "$root/tests/bench/servers/ours_tls.c" -o "$build/bench/ours_tls" -lbearssl || exit
+
+"$build/bench/ours_tls" 0 "$pem" "$key" >"$work/ours" 2>&1 &
+ours=$! pids="$pids $!"
+"$build/bench/ours_tls" 0 >"$work/behind" 2>&1 &
+pids="$pids $!"
+ours_port=$(listening "$work/ours") behind_port=$(listening "$work/behind")
+
+openssl_port=$(free_port)
+truncate -s ${megabytes}M "$work/$((megabytes << 20))"
+: >"$work/0"
+(cd "$work" && exec openssl s_server -quiet -accept "$openssl_port" -cert "$pem" -key "$key" \
+    -tls1_2 -WWW) >/dev/null 2>&1 &
+openssl=$! pids="$pids $!"
+
+stunnel_port=$(free_port)
+cat "$key" "$pem" >"$work/both.pem"
+cat >"$work/stunnel.conf" <<END
+foreground = yes
+pid =
+debug = 0
+sslVersion = TLSv1.2
+[tls]
+accept = 127.0.0.1:$stunnel_port
+connect = 127.0.0.1:$behind_port
+cert = $work/both.pem
+END
+stunnel4 "$work/stunnel.conf" >/dev/null 2>&1 &
+stunnel=$! pids="$pids $!"
+sleep 1
+
+ticks() { # PID: in all, and in the kernel
+    awk '{ sub(/.*\) /, ""); print $12 + $13, $13 }' "/proc/$1/stat"
+}
+
+measure() { # NAME PID COMMAND...: the command says on its last line how much was done
+    name=$1 pid=$2
+    shift 2
+    set -- "$(ticks "$pid")" "$("$@" 2>/dev/null | tail -n 1)" "$(ticks "$pid")"
+    echo "$name $1 $2 $3" >>"$work/results"
+}
+
+handshakes() { # PORT -new|-reuse: how many, and in which time
+    openssl s_time -connect "127.0.0.1:$1" "$2" -time $seconds -tls1_2 -cipher $suite |
+        awk '/real seconds/ { n = $1 } END { print n, '$seconds' }'
+}
+
+download() { # PORT
+    curl -sk --tls-max 1.2 --ciphers $suite -o /dev/null -w '%{size_download} %{time_total}\n' \
+        "https://127.0.0.1:$1/$((megabytes << 20))" | awk '{ print $1 / 1048576, $2 }'
+}
+
+round=0
+while [ $((round += 1)) -le "$rounds" ]; do
+    for server in ours openssl stunnel; do
+        eval "port=\$${server}_port pid=\$$server"
+        measure "full $server" "$pid" handshakes "$port" -new
+        measure "resumed $server" "$pid" handshakes "$port" -reuse
+        measure "MB $server" "$pid" download "$port"
+    done
+done
+
+awk -v tick="$(getconf CLK_TCK)" '
+    {
+        k = $1 " " $2; n = $5; used = ($7 - $3) / tick; kernel = ($8 - $4) / tick
+        if (!(k in rate)) order[++count] = k
+        if (n / $6 > rate[k]) rate[k] = n / $6
+        if (n && (!(k in cost) || used / n < cost[k])) {
+            cost[k] = used / n; inside[k] = used ? kernel / used : 0
+        }
+    }
+    END {
+        printf "%-18s %10s %14s %14s\n", "", "a second", "CPU ms each", "in the kernel"
+        for (i = 1; i <= count; i++)
+            printf "%-18s %10.0f %14.3f %13.0f%%\n", order[i], rate[order[i]],
+                1000 * cost[order[i]], 100 * inside[order[i]]
+    }' "$work/results" | sort -s -k1,1
