@@ -5845,7 +5845,8 @@ static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     if (stream->dead) return;
     if (stream->out.last || stream->owes) tcpsrv__output_step(stream);
     if (stream->dead) return;
-    if (!stream->out.last && (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
+    if (!stream->out.last &&
+        (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__close_deadline(stream) != 0) {
         stream->aborting = stream->out.last != NULL;
@@ -8146,12 +8147,12 @@ static TCPSRV__COLD void tcpsrv__verifier_free(tcpsrv__engine *engine) {
 
 /* ---- the engine: life ------------------------------------------------------------------------ */
 
-/* Memory for its records, before anything else is asked of it. 0 or -ENOMEM. */
+/* Memory for its records, before anything else is asked of it; until the first record is whole it
+   needs none. 0 or -ENOMEM. */
 static int tcpsrv__engine_wake(tcpsrv__engine *engine) {
-    if (engine->records) return 0;
+    if (engine->records || !engine->started) return 0;
     engine->records = tcpsrv__records_take(engine->pool);
     if (!engine->records) return -ENOMEM;
-    if (!engine->started) return 0;
     engine->core->ibuf = engine->records;
     engine->core->obuf = engine->records + BR_SSL_BUFSIZE_INPUT;
     return 0;
@@ -8203,7 +8204,8 @@ static TCPSRV__COLD int tcpsrv__engine_start(tcpsrv__engine *engine, const char 
     else engine->context.server = tls->server;
     if (engine->is_client || tls->client_certificates != TCPSRV_TLS_NONE)
         err = tcpsrv__verifier_make(engine);
-    if (!err) err = tcpsrv__engine_wake(engine);
+    engine->records = tcpsrv__records_take(engine->pool);
+    if (!err && !engine->records) err = -ENOMEM;
     if (!err) err = tcpsrv__sys_random(seed, sizeof seed);
     if (err) return err;
     br_ssl_engine_set_buffers_bidi(engine->core, engine->records, BR_SSL_BUFSIZE_INPUT,
@@ -8494,6 +8496,7 @@ typedef struct tcpsrv__link {
     size_t sealed;                  /* plaintext at the queue's head whose record is under way */
     int end;                        /* why no more ciphertext will come; 0: more may */
     unsigned char dry, closing, shut;
+    unsigned char deep, more;       /* why the stream is: the socket's nature; what is left here */
 } tcpsrv__link;
 
 static tcpsrv__link *tcpsrv__link_of(const tcpsrv_stream *stream) {
@@ -8522,45 +8525,83 @@ static TCPSRV__COLD tcpsrv__links *tcpsrv__links_make(tcpsrv_loop *loop) {
     return links;
 }
 
-/* What the engine does not take is kept; it is asked for no more before that is gone. */
-static int tcpsrv__link_keep(tcpsrv_stream *stream, const unsigned char *data, size_t size) {
-    tcpsrv__link *link = tcpsrv__link_of(stream);
-    size_t taken = tcpsrv__engine_feed(link->engine, data, size);
-    if (taken == size) return 0;
-    link->held = tcpsrv__block_take(stream->source.loop, size - taken);
-    if (!link->held) return -ENOMEM;
-    memcpy(link->held->data, data + taken, size - taken);
-    link->held->end = size - taken;
-    return 0;
+typedef struct tcpsrv__link_call {
+    tcpsrv_stream *stream;
+    const struct iovec *pieces;
+    int count;
+    size_t got;                     /* bytes of the pieces that are full */
+    long result;
+} tcpsrv__link_call;
+
+/* Plaintext into what is left of the pieces. */
+static void tcpsrv__link_read(tcpsrv__link *link, tcpsrv__link_call *call) {
+    size_t before = 0, n = 1;
+    int i;
+    for (i = 0; i < call->count && n; i++) {
+        const struct iovec *piece = &call->pieces[i];
+        while (n && call->got < before + piece->iov_len) {
+            size_t from = call->got - before;
+            n = tcpsrv__engine_read(link->engine, (char *)piece->iov_base + from,
+                                    piece->iov_len - from);
+            call->got += n;
+        }
+        before += piece->iov_len;
+    }
+}
+
+/* The engine takes no more ciphertext while it has plaintext: feeds and reads in turn. How much it
+   took. */
+static size_t tcpsrv__link_feed(tcpsrv__link *link, tcpsrv__link_call *call, const char *data,
+                                size_t size) {
+    size_t taken = 0, before, got;
+    do {
+        before = taken;
+        got = call->got;
+        taken += tcpsrv__engine_feed(link->engine, (const unsigned char *)data + taken,
+                                     size - taken);
+        tcpsrv__link_read(link, call);
+    } while (taken < size && (taken > before || call->got > got));
+    return taken;
 }
 
 /* Feeds what was kept: whether the engine took any of it. */
-static int tcpsrv__link_feed_held(tcpsrv_stream *stream) {
-    tcpsrv__link *link = tcpsrv__link_of(stream);
+static int tcpsrv__link_feed_held(tcpsrv__link *link, tcpsrv__link_call *call) {
     tcpsrv__block *held = link->held;
-    size_t taken = tcpsrv__engine_feed(link->engine,
-                                       (const unsigned char *)held->data + held->begin,
-                                       tcpsrv__block_size(held));
+    size_t taken = tcpsrv__link_feed(link, call, held->data + held->begin,
+                                     tcpsrv__block_size(held));
     held->begin += taken;
     if (held->begin == held->end) {
-        tcpsrv__block_give(stream->source.loop, held);
+        tcpsrv__block_give(call->stream->source.loop, held);
         link->held = NULL;
     }
     return taken > 0;
 }
 
-/* Gets more ciphertext into the engine: 1, or 0: there is none now, or no more at all. */
-static int tcpsrv__link_fill(tcpsrv_stream *stream) {
-    tcpsrv__link *link = tcpsrv__link_of(stream);
+/* One read, fed to the engine; what that does not take is kept. As a read's own result. */
+static long tcpsrv__link_feed_read(tcpsrv__link *link, tcpsrv__link_call *call) {
     struct iovec piece;
+    size_t taken;
     long n;
-    if (link->held) return tcpsrv__link_feed_held(stream);
-    if (link->end) return 0;
     piece.iov_base = link->links->cipher;
     piece.iov_len = TCPSRV__CIPHER_SIZE;
-    n = tcpsrv__sys_readv(stream->source.fd, &piece, 1);
-    link->dry = n < TCPSRV__CIPHER_SIZE && !stream->ended;
-    if (n > 0) n = tcpsrv__link_keep(stream, link->links->cipher, (size_t)n) == 0 ? 1 : -ENOMEM;
+    n = tcpsrv__sys_readv(call->stream->source.fd, &piece, 1);
+    link->dry = n < TCPSRV__CIPHER_SIZE && !call->stream->ended && !link->deep;
+    if (n <= 0) return n;
+    taken = tcpsrv__link_feed(link, call, (const char *)link->links->cipher, (size_t)n);
+    if (taken == (size_t)n) return n;
+    link->held = tcpsrv__block_take(call->stream->source.loop, (size_t)n - taken);
+    if (!link->held) return -ENOMEM;
+    memcpy(link->held->data, link->links->cipher + taken, (size_t)n - taken);
+    link->held->end = (size_t)n - taken;
+    return n;
+}
+
+/* Gets more ciphertext into the engine: 1, or 0: there is none now, or no more at all. */
+static int tcpsrv__link_fill(tcpsrv__link *link, tcpsrv__link_call *call) {
+    long n;
+    if (link->held) return tcpsrv__link_feed_held(link, call);
+    if (link->end) return 0;
+    n = tcpsrv__link_feed_read(link, call);
     if (n > 0) return 1;
     if (n == -EAGAIN || n == -EWOULDBLOCK) link->dry = 1;
     else link->end = n ? (int)n : TCPSRV_ETLS_TRUNCATED;
@@ -8592,29 +8633,6 @@ static TCPSRV__COLD void tcpsrv__link_push_own(tcpsrv_stream *stream) {
     tcpsrv__write_dry(stream);
 }
 
-typedef struct tcpsrv__link_call {
-    tcpsrv_stream *stream;
-    const struct iovec *pieces;
-    int count;
-    long result;
-} tcpsrv__link_call;
-
-/* Plaintext into the pieces, of which so many bytes are full already; how many are then. */
-static size_t tcpsrv__link_read(tcpsrv__link *link, const struct iovec *pieces, int count,
-                                size_t full) {
-    size_t before = 0, n = 1;
-    int i;
-    for (i = 0; i < count && n; i++) {
-        while (n && full < before + pieces[i].iov_len) {
-            n = tcpsrv__engine_read(link->engine, (char *)pieces[i].iov_base + (full - before),
-                                    before + pieces[i].iov_len - full);
-            full += n;
-        }
-        before += pieces[i].iov_len;
-    }
-    return full;
-}
-
 static long tcpsrv__link_result(const tcpsrv__link *link, size_t got) {
     if (got) return (long)got;
     if (link->engine->error) return link->engine->error;
@@ -8626,34 +8644,38 @@ static void tcpsrv__link_receive_errand(void *arg) {
     tcpsrv__link_call *call = (tcpsrv__link_call *)arg;
     tcpsrv_stream *stream = call->stream;
     tcpsrv__link *link = tcpsrv__link_of(stream);
-    size_t room = 0, got = 0;
-    int i, reads = 0;
-    for (i = 0; i < call->count; i++) room += call->pieces[i].iov_len;
-    call->result = tcpsrv__engine_wake(link->engine);
+    tcpsrv__engine *engine = link->engine;
+    int reads = 0;
+    call->result = tcpsrv__engine_wake(engine);
     if (call->result) return;
     link->dry = 0;
-    for (;;) {
-        got = tcpsrv__link_read(link, call->pieces, call->count, got);
-        if (got == room || link->dry || (got && !link->held) || reads++ == 4) break;
-        if (!tcpsrv__link_fill(stream)) break;
-        if (link->dry) got = tcpsrv__link_read(link, call->pieces, call->count, got);
-    }
-    if (tcpsrv__engine_state(link->engine) & TCPSRV__ENGINE_HAS_OUT)
-        tcpsrv__link_push_own(stream);
-    tcpsrv__engine_rest(link->engine);
+    if (stream->deep && !link->more) link->deep = 1;
+    tcpsrv__link_read(link, call);
+    if (link->held && !call->got) tcpsrv__link_fill(link, call);
+    while (!call->got && !link->dry && !engine->error && !engine->ended && reads++ < 4)
+        if (!tcpsrv__link_fill(link, call)) break;
+    if (tcpsrv__engine_state(engine) & TCPSRV__ENGINE_HAS_OUT) tcpsrv__link_push_own(stream);
+    tcpsrv__engine_rest(engine);
     /* What is left here no event will tell of. */
-    stream->deep = !link->dry || link->held || link->end || link->engine->records ||
-                   link->engine->error || link->engine->ended;
-    call->result = tcpsrv__link_result(link, got);
+    link->more = !link->dry || link->held || link->end || engine->records || engine->error ||
+                 engine->ended;
+    stream->deep = link->deep || link->more;
+    call->result = tcpsrv__link_result(link, call->got);
+}
+
+static void tcpsrv__link_call_init(tcpsrv__link_call *call, tcpsrv_stream *stream,
+                                   const struct iovec *pieces, int count) {
+    call->stream = stream;
+    call->pieces = pieces;
+    call->count = count;
+    call->got = 0;
 }
 
 static long tcpsrv__link_receive(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
     tcpsrv__link_call call;
     if (tcpsrv__link_of(stream)->closing) /* what comes now is swallowed as it is */
         return tcpsrv__sys_readv(stream->source.fd, pieces, count);
-    call.stream = stream;
-    call.pieces = pieces;
-    call.count = count;
+    tcpsrv__link_call_init(&call, stream, pieces, count);
     tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__link_receive_errand, &call);
     return call.result;
 }
@@ -8707,9 +8729,7 @@ static void tcpsrv__link_send_errand(void *arg) {
 
 static long tcpsrv__link_send(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
     tcpsrv__link_call call;
-    call.stream = stream;
-    call.pieces = pieces;
-    call.count = count;
+    tcpsrv__link_call_init(&call, stream, pieces, count);
     tcpsrv__on_loop_stack(stream->source.loop, tcpsrv__link_send_errand, &call);
     return call.result;
 }
@@ -8720,9 +8740,7 @@ static TCPSRV__COLD void tcpsrv__link_shut(tcpsrv_stream *stream) {
     tcpsrv__link_call call;
     if (tcpsrv__engine_wake(link->engine) == 0) tcpsrv__engine_close(link->engine);
     link->closing = 1;
-    call.stream = stream;
-    call.pieces = NULL;
-    call.count = 0;
+    tcpsrv__link_call_init(&call, stream, NULL, 0);
     tcpsrv__link_send_errand(&call);
     stream->owes = call.result == -EAGAIN;
     if (stream->owes) tcpsrv__write_dry(stream);
@@ -8752,7 +8770,9 @@ static TCPSRV__COLD int tcpsrv__link_send_clear(tcpsrv_stream *stream) {
 static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
     tcpsrv__engine *engine = link->engine;
+    tcpsrv__link_call call;
     int err = tcpsrv__link_send_clear(stream);
+    tcpsrv__link_call_init(&call, stream, NULL, 0);
     if (!err) err = tcpsrv__engine_wake(engine);
     while (!err) {
         err = tcpsrv__link_push(stream);
@@ -8760,7 +8780,7 @@ static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
         if (engine->error) return engine->error;
         if (engine->ended) return TCPSRV_ETLS_TRUNCATED;
         if (engine->done) return 1;
-        if (tcpsrv__link_fill(stream)) {
+        if (tcpsrv__link_fill(link, &call)) {
             link->links->steps += engine->started;
         } else if (link->end) {
             return link->end;
@@ -8796,6 +8816,7 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
     if (result <= 0) return;
     stream->connecting = 0;
     stream->readable = stream->deep = 1;
+    link->more = 1;
     stream->blocked = 0;
     stream->extra->handshake_due = stream->extra->connect_due = 0;
     tcpsrv__make_ready(&stream->source);
@@ -8862,6 +8883,7 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
         tcpsrv__free(link);
         return;
     }
+    link->deep = stream->deep;
     extra->link = link;
     extra->io = &tcpsrv__tls_transport;
     stream->foreign = 1;

@@ -403,6 +403,146 @@ renegotiation_is_refused() {
     wait_for 10 grep -q 'no renegotiation' answers || fail "not refused"
 }
 
+page_comes_to() { # COMMAND...: which prints what it got; @ stands for the address
+    need "$1"
+    serve_tls https
+    set -- "$(echo "$*" | sed "s#@#https://127.0.0.1:$port/#")"
+    bounded 60 sh -c "$1" >answers 2>err || fail "$1: exit $?"
+    contains 'Hello over TLSv1.2.'
+}
+
+curl_verifies_and_agrees_on_http_1_1() {
+    need curl
+    serve_tls https
+    curl -sv --cacert certificate.pem "https://localhost:$port/" >answers 2>err || fail "curl"
+    contains 'Server name: localhost'
+    contains 'ALPN: http/1.1'
+    ! curl -s "https://localhost:$port/" >answers 2>&1 || fail "trusted although nobody vouches"
+}
+
+sessions_resume() {
+    serve_tls https
+    for turn in first second; do
+        [ $turn = first ] && with='-sess_out session' || with='-sess_in session'
+        { printf 'GET / HTTP/1.1\r\nHost: x\r\n\r\n' && sleep 1; } |
+            bounded 10 openssl s_client -quiet $with -connect "127.0.0.1:$port" -tls1_2 \
+                -servername localhost >answers 2>err
+    done
+    contains 'Session: resumed'
+}
+
+certificates_are_renewed() {
+    serve_tls https
+    openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=renewed -keyout key.pem \
+        -out certificate.pem
+    kill -HUP "$pid"
+    renewed() {
+        bounded 5 openssl s_client -connect "127.0.0.1:$port" </dev/null >answers 2>err
+        grep -q 'CN = renewed' answers
+    }
+    wait_for 10 renewed || fail "the old certificate is still shown"
+    echo 'no certificate' >certificate.pem
+    kill -HUP "$pid"
+    wait_for 10 grep -q 'no PEM object in the file; the old certificate stays' err || fail "silent"
+    renewed || fail "the server lost its certificate"
+}
+
+plain_http_is_dropped() {
+    need curl
+    serve_tls https
+    curl -s "http://127.0.0.1:$port/" >answers && fail "answered"
+    curl -sk "https://127.0.0.1:$port/" >answers
+    contains 'Hello over TLSv1.2.'
+}
+
+old_and_new_versions_are_told_so() {
+    serve_tls https
+    for version in 1_1 1_3; do
+        openssl s_client -connect "127.0.0.1:$port" -tls$version -cipher ALL:@SECLEVEL=0 \
+            </dev/null >answers 2>&1
+        contains 'alert protocol version'
+    done
+}
+
+nmap_grades_a() {
+    need nmap
+    serve_tls https
+    nmap -p "$port" --script ssl-enum-ciphers 127.0.0.1 >answers 2>err
+    contains 'least strength: A'
+    contains 'cipher preference: server'
+    ! grep -Eq 'TLSv1\.[01]|SSLv| - [B-F]$' answers || fail "something weak"
+}
+
+testssl_finds_nothing() {
+    need testssl
+    serve_tls https
+    bounded 300 testssl -U --quiet --color 0 --warnings off "127.0.0.1:$port" >answers 2>err
+    [ "$(grep -c 'not vulnerable (OK)' answers)" -ge 10 ] || fail "not tested"
+    ! grep -i vulnerable answers | grep -qv 'not vulnerable' || fail "vulnerable"
+}
+
+gnutls_talks() {
+    need gnutls-cli
+    serve_tls tls_echo
+    { echo hello && sleep 1; } |
+        bounded 10 gnutls-cli --x509cafile certificate.pem -p "$port" localhost >answers 2>err
+    contains 'The certificate is trusted'
+    grep -qx hello answers || fail "no answer"
+}
+
+python_echoes_megabytes_and_unwraps() {
+    need python3
+    serve_tls tls_echo
+    bounded 60 python3 - "$port" >answers 2>err <<'END' || fail "python"
+import socket, ssl, sys, threading
+context = ssl.create_default_context(cafile="certificate.pem")
+context.check_hostname = False
+stream = context.wrap_socket(socket.create_connection(("127.0.0.1", int(sys.argv[1]))))
+line, lines = b"x" * 999 + b"\n", 3000
+writer = threading.Thread(target=lambda: [stream.sendall(line) for _ in range(lines)])
+writer.start()
+got = b""
+while len(got) < len(line) * lines:
+    more = stream.recv(65536)
+    if not more: break
+    got += more
+writer.join()
+assert got == line * lines, len(got)
+stream.unwrap()
+print("whole")
+END
+    contains whole
+}
+
+# Its own memory for each, the sockets' is the kernel's.
+idle_tls_connections_are_small() { # BYTES
+    need python3
+    serve_tls tls_echo
+    bounded 120 python3 - "$port" "$pid" 1000 >answers 2>err <<'END' || fail "python"
+import socket, ssl, sys, time
+port, pid, count = (int(word) for word in sys.argv[1:])
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+def resident():
+    with open("/proc/%d/status" % pid) as status:
+        return [int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS")][0]
+def talk(stream):
+    stream.sendall(b"hello\n")
+    assert stream.recv(100) == b"hello\n"
+    return stream
+def connect():
+    return talk(context.wrap_socket(socket.create_connection(("127.0.0.1", port))))
+warm = [connect() for _ in range(20)]
+before = resident()
+streams = [connect() for _ in range(count)]
+time.sleep(0.2)
+print((resident() - before) // count)
+for stream in streams: talk(stream)
+END
+    echo "$(cat answers) bytes" >note
+    [ "$(cat answers)" -le "$1" ] || fail "$(cat answers) bytes each"
+}
+
 # ---- chat ----------------------------------------------------------------------------------------
 
 joins() { # NAME DESCRIPTOR: a client that says what is written to that descriptor
@@ -761,6 +901,19 @@ row "http: slow bodies end at their deadline" slow_clients_are_gone -B
 row "http: slow readers end at their deadline" slow_clients_are_gone -X -w 512 -y 1024 -n 1 -z 32
 
 row "tls_echo: a renegotiation is refused" renegotiation_is_refused
+row "tls_echo: gnutls-cli" gnutls_talks
+row "tls_echo: Python's ssl, 3 MB and unwrap" python_echoes_megabytes_and_unwraps
+row "tls_echo: 1,000 idle connections, at most 11 KB each" idle_tls_connections_are_small 11264
+row "https: curl" curl_verifies_and_agrees_on_http_1_1
+row "https: wget" page_comes_to wget -qO- --no-check-certificate @
+row "https: headless Chromium" page_comes_to chromium --headless --no-sandbox --disable-gpu \
+    --user-data-dir="$work/profile" --ignore-certificate-errors --dump-dom @
+row "https: sessions resume" sessions_resume
+row "https: SIGHUP renews the certificate, or keeps it" certificates_are_renewed
+row "https: plain HTTP is dropped" plain_http_is_dropped
+row "https: TLS 1.1 and 1.3 get alert 70" old_and_new_versions_are_told_so
+row "https: nmap grades it A" nmap_grades_a
+row "https: testssl.sh finds no vulnerability" testssl_finds_nothing
 
 row "chat: everybody hears everybody" everybody_hears_everybody
 row "chat: a slow reader is dropped, the others hear all" slow_reader_is_dropped
