@@ -282,6 +282,8 @@ static void model_check_read_code(model_conn *conn, int code) {
         (!conn->read_due || sim.now < conn->read_due))
         sim_broken(2, "stream %d: a read timed out before its time", conn->number);
     if (code == -ENOMEM) conn->lost = 1;
+    if (conn->want.kind == WANT_INTO && sim.alloc_failed && tcpsrv_error(conn->stream))
+        conn->lost = 1; /* a dead stream had no memory to take them back */
     if (code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED || conn->lost) return;
     if (code == TCPSRV_ETIMEDOUT && !conn->coroutine) return; /* it may have been held back */
     if (answer.code != 1 && conn->want.kind != WANT_READY)

@@ -572,6 +572,7 @@ SIM_PRIVATE ssize_t sim_readv(int fd, const struct iovec *pieces, int count) {
     size_t asked = sim_pieces_size(pieces, count);
     int error = sim_enter(CALL_READ);
     ssize_t n;
+    if (object->kind == SIM_PIPE && object->side == 0) return sim_tell(object, EBADF);
     if (error == EAGAIN && object->link && (sim_incoming(object)->fin_arrived || object->reset))
         error = 0; /* never said of a socket that has ended */
     if (error) {
@@ -583,7 +584,6 @@ SIM_PRIVATE ssize_t sim_readv(int fd, const struct iovec *pieces, int count) {
         return 8;
     } else {
         if (!object->link) return sim_tell(object, ENOTCONN);
-        if (object->kind == SIM_PIPE && object->side == 0) return sim_tell(object, EBADF);
         n = sim_read_link(object, pieces, asked);
     }
     SIM_TRACE("read(%d, %zu) = %zd%s%s", fd, asked, n, n < 0 ? " " : "",
@@ -643,8 +643,6 @@ static ssize_t sim_write_link(sim_object *object, const struct iovec *pieces, si
     int error = object->error;
     size_t n;
     if (!object->link) return sim_broken_pipe(object, flags);
-    if (object->kind == SIM_FILE || (object->kind == SIM_PIPE && object->side == 1))
-        return sim_tell(object, EBADF);
     if (object->connecting) return sim_fail(EAGAIN);
     if (error) {
         object->error = 0;
@@ -665,6 +663,8 @@ SIM_PRIVATE ssize_t sim_sendv(int fd, const struct iovec *pieces, int count, int
     size_t asked = sim_pieces_size(pieces, count);
     int error = sim_enter(call);
     ssize_t n;
+    if (object->kind == SIM_FILE || (object->kind == SIM_PIPE && object->side == 1))
+        return sim_tell(object, EBADF);
     if (error == EPIPE) {
         sim_fault_io(object, error, SIM_OUT);
         n = sim_broken_pipe(object, flags);
