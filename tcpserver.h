@@ -5298,8 +5298,10 @@ static TCPSRV__NOINLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tc
    at now. */
 static TCPSRV__COLD void tcpsrv__read_put_back(tcpsrv_stream *stream) {
     if (stream->want_kind == TCPSRV__WANT_INTO && stream->progress) {
-        if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0)
+        if (tcpsrv__input_put(stream, (const char *)stream->want_memory, stream->progress) != 0) {
+            stream->eof = 0; /* not all of it is here any more */
             tcpsrv__die(stream, -ENOMEM);
+        }
         stream->progress = 0;
     }
     if (stream->in) tcpsrv__input_trim(stream);
