@@ -263,7 +263,8 @@ static void write_refused(model_conn *conn, int err, uint64_t before, size_t siz
 /* would: what is queued if nothing leaves meanwhile. */
 static void write_done(model_conn *conn, int waited, uint64_t would) {
     uint64_t queued = model_queued(conn);
-    if (waited && !conn->writing && !conn->mixed && queued > conn->high_water)
+    if (waited && !conn->writing && !conn->mixed && model_is_open(conn) &&
+        queued > conn->high_water)
         sim_broken(4, "stream %d: a write returned with %llu bytes queued", conn->number,
                    (unsigned long long)queued);
     if (!waited && !conn->filed && would > conn->max_write)
