@@ -3,6 +3,7 @@
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
 # make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
 #                 from FROM=n on; POLLER=epoll, kqueue or poll (all three where many are run)
+# make fuzz       clang's libFuzzer over what strangers send and what files hold
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
 # make bench-count, make bench-check, make bench-plot: see tests/bench/results/README.md
@@ -122,6 +123,10 @@ test:
 
 bench bench-count bench-check bench-plot:
 	@$(MAKE) --no-print-directory -f tests/bench/Makefile $@
+
+# SECONDS_EACH: how long each target.
+fuzz:
+	@sh tests/fuzz.sh
 
 lint:
 	@sh tests/lint.sh

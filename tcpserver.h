@@ -8372,11 +8372,12 @@ static TCPSRV__COLD int tcpsrv__first_grow(tcpsrv__engine *engine, size_t room) 
 /* Gathers the first record; when it is whole the handshake begins. How much was taken. */
 static TCPSRV__COLD size_t tcpsrv__engine_first(tcpsrv__engine *engine, const unsigned char *data,
                                                 size_t size) {
-    size_t taken = 0;
-    long whole = 0;
+    size_t taken = 0, wanted, n;
+    long whole = tcpsrv__record_size(engine->first, engine->first_size);
     int err = 0;
     while (!err && taken < size && (!whole || engine->first_size < (size_t)whole)) {
-        size_t wanted = whole ? (size_t)whole : 5, n = wanted - engine->first_size;
+        wanted = whole ? (size_t)whole : 5;
+        n = wanted - engine->first_size;
         if (n > size - taken) n = size - taken;
         err = tcpsrv__first_grow(engine, wanted);
         if (err) break;

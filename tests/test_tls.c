@@ -531,6 +531,28 @@ static int answer_to(tcpsrv_tls *server, const void *data, size_t size, char *re
     return error;
 }
 
+/* The first record in pieces of every size, the last of which holds more than the record's rest. */
+static void a_hello_comes_in_pieces_with_something_behind_it(void) {
+    tcpsrv_tls *client = client_tls(NULL), *server = server_tls("ec");
+    unsigned char hello[4096];
+    size_t size = hello_of(client, "localhost", hello), piece, at, n;
+    memset(hello + size, 23, sizeof hello - size);
+    for (piece = 1; piece < size + 200; piece += piece < 20 ? 1 : 13) {
+        tcpsrv__engine *engine = engine_new(server, 0, NULL);
+        for (at = 0; at < size + 100; at += n) {
+            n = size + 100 - at < piece ? size + 100 - at : piece;
+            CHECK_INT(tcpsrv__engine_wake(engine), 0);
+            tcpsrv__engine_feed(engine, hello + at, n);
+        }
+        CHECK(engine->started);
+        CHECK_INT(engine->first_size, size);
+        tcpsrv__engine_free(engine);
+    }
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
 static void plain_text_on_a_tls_port_is_named_as_such(void) {
     static const char *const texts[] = { "GET / HTTP/1.1\r\n\r\n", "\x80\x2e\x01", "x",
                                          "\x16\x02\x00", "\x16\x03\x01\xff\xff",
@@ -1800,6 +1822,7 @@ int main(int argc, char **argv) {
         TEST(every_failing_allocation_of_a_configuration_is_survived),
         TEST(handshakes_with_every_kind_of_key),
         TEST(handshake_and_data_one_byte_at_a_time_with_records_given_back),
+        TEST(a_hello_comes_in_pieces_with_something_behind_it),
         TEST(bulk_data_keeps_its_bytes_and_order),
         TEST(server_name_chooses_the_certificate),
         TEST(on_sni_decides_and_refuses_with_alert_112),
