@@ -497,7 +497,10 @@ static void reloadable(int task_id) {
     CHECK_INT(tcpsrv_add_socket(server, fd), 0);
     CHECK(tcpsrv_on_signal(tcpsrv_loop_default(), SIGTERM, drain, NULL) > 0);
     say_hello();
-    if (go[0] >= 0) CHECK_INT(read(go[0], &byte, 1), 1);
+    if (go[0] >= 0) {
+        CHECK_INT(read(go[0], &byte, 1), 1);
+        say_hello();
+    }
     if (together->crash_from && number >= together->crash_from) _exit(5);
     if (together->stall_from && number >= together->stall_from) test_sleep_ms(20000);
     tcpsrv_loop_run(tcpsrv_loop_default());
@@ -526,6 +529,13 @@ static void end_family(pid_t parent) {
     CHECK_INT(exit_status(parent), 0);
     CHECK(all_of_it_is_read());
     end();
+}
+
+/* Lets so many workers go on that have begun, and sees them go. */
+static void let_go(int count) {
+    int i;
+    for (i = 0; i < count; i++) CHECK_INT(write(go[1], "g", 1), 1);
+    for (i = 0; i < count; i++) CHECK(next_hello().task_id >= 0);
 }
 
 /* A connection that is never refused; blocking. */
@@ -619,7 +629,7 @@ static void a_worker_serves_before_the_old_one_is_told_to_end(void) {
     CHECK_INT(pipe(go), 0);
     parent = reloadable_family(1);
     old = next_hello();
-    CHECK_INT(write(go[1], "g", 1), 1);
+    let_go(1);
     fd = dial();
     CHECK_INT(ask(fd), old.pid);
     close(fd);
@@ -628,7 +638,7 @@ static void a_worker_serves_before_the_old_one_is_told_to_end(void) {
     fd = dial();
     CHECK_INT(ask(fd), old.pid);
     close(fd);
-    CHECK_INT(write(go[1], "g", 1), 1);
+    let_go(1);
     wait_until_collected(old.pid);
     fd = dial();
     CHECK_INT(ask(fd), fresh.pid);
@@ -639,21 +649,20 @@ static void a_worker_serves_before_the_old_one_is_told_to_end(void) {
 
 static void signals_during_a_reload_make_one_more(void) {
     pid_t parent;
-    hello last;
     int i;
     set_up();
     CHECK_INT(pipe(go), 0);
     parent = reloadable_family(2);
     for (i = 0; i < 2; i++) next_hello();
-    CHECK_INT(write(go[1], "gg", 2), 2);
+    let_go(2);
     kill(parent, SIGHUP);
     CHECK_INT(next_hello().task_id, 0);
     for (i = 0; i < 3; i++) kill(parent, SIGHUP);
-    CHECK_INT(write(go[1], "gggg", 4), 4);
-    CHECK_INT(next_hello().task_id, 1);
-    CHECK_INT(next_hello().task_id, 0);
-    last = next_hello();
-    CHECK_INT(last.task_id, 1);
+    for (i = 1; i < 4; i++) {
+        let_go(1);
+        CHECK_INT(next_hello().task_id, i % 2);
+    }
+    let_go(1);
     i = dial();
     CHECK(ask(i) > 0);
     close(i);
@@ -714,12 +723,12 @@ static void an_old_worker_that_crashes_during_its_replacement_is_not_restarted_b
     CHECK_INT(pipe(go), 0);
     parent = reloadable_family(1);
     old = next_hello();
-    CHECK_INT(write(go[1], "g", 1), 1);
+    let_go(1);
     kill(parent, SIGHUP);
     fresh = next_hello();
     kill(old.pid, SIGKILL);
     wait_until_collected(old.pid);
-    CHECK_INT(write(go[1], "g", 1), 1);
+    let_go(1);
     fd = dial();
     CHECK_INT(ask(fd), fresh.pid);
     close(fd);
@@ -755,8 +764,8 @@ static void a_reload_that_cannot_fork_leaves_the_old_ones(void) {
     kill(parent, SIGHUP);
     what_it_says("reload: the new child 0 does not serve: Resource temporarily unavailable");
     CHECK_INT(visit(), old.pid);
-    kill(parent, SIGTERM);
-    CHECK_INT(exit_status(parent), 0);
+    kill(parent, SIGKILL); /* a leak checker at its end would need a process of its own */
+    CHECK_INT(exit_status(parent), -SIGKILL);
     CHECK(all_of_it_is_read());
     end();
 }
@@ -768,7 +777,7 @@ static void sigterm_during_a_reload_ends_all(void) {
     parent = reloadable_family(2);
     next_hello();
     next_hello();
-    CHECK_INT(write(go[1], "gg", 2), 2);
+    let_go(2);
     kill(parent, SIGHUP);
     next_hello();
     kill(parent, SIGTERM);
