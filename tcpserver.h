@@ -963,8 +963,8 @@ typedef int tcpsrv__iovlen;
 #endif
 #define TCPSRV_IMPL TCPSRV_HOT TCPSRV__COLD
 /* And those few whose usual way is shorter than a call; C++ would give such a symbol away only where
-   it is used. */
-#if defined(__GNUC__) && !defined(__cplusplus) && !defined(__TINYC__)
+   it is used, and clang would have nothing static in it. */
+#if defined(__GNUC__) && !defined(__cplusplus) && !defined(__TINYC__) && !defined(__clang__)
 #define TCPSRV_FAST TCPSRV_HOT inline
 #else
 #define TCPSRV_FAST TCPSRV_HOT
