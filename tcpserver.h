@@ -718,8 +718,8 @@ TCPSRV_API int tcpsrv_upgrade(char *const *argv, int64_t drain_ms);
    it is over. */
 TCPSRV_API int tcpsrv_fork_processes(int num_processes, int max_restarts);
 
-/* The counters of that child's servers (of the first loop that got one), as they were at the end of
-   its last turn, in *stats; returns its pid. In any process of the family: in a child, about all;
+/* The counters of that child's servers (of the first loop that got one), as they were 100 ms ago at
+   most, in *stats; returns its pid. In any process of the family: in a child, about all;
    in the parent, from another thread or a signal handler. -ENOENT where there is no such number,
    -ESRCH while it waits for its restart or has ended for good. Never waits. */
 TCPSRV_API int tcpsrv_worker_stats(int task_id, tcpsrv_stats *stats);
@@ -2719,6 +2719,7 @@ typedef struct tcpsrv__signal_call {
 } tcpsrv__signal_call;
 
 enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks */
+enum { TCPSRV__TELL_MS = 100 };
 
 struct tcpsrv_loop {
     uint64_t now, turn;
@@ -2734,7 +2735,9 @@ struct tcpsrv_loop {
     int64_t parent_watch;       /* of a forked child, >>server */
     tcpsrv *servers;            /* those that run here */
     tcpsrv__upgrade *upgrade;   /* >>process */
-    void (*turn_end)(const tcpsrv_loop *loop);  /* of a forked child: makes its counters known */
+    void (*turn_end)(tcpsrv_loop *loop); /* of a forked child: makes its counters known, */
+    uint64_t told_at;           /* and when it did that last */
+    int untold;                 /* more to tell: the next turn comes within TCPSRV__TELL_MS */
     long pid;
     tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
     tcpsrv__block *pool[TCPSRV__CLASSES];
@@ -3401,6 +3404,8 @@ static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
 static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
     uint64_t left, now;
     if (loop->ready_first || loop->flush_first || loop->gone) return 0;
+    if (loop->untold && (timeout_ms < 0 || timeout_ms > TCPSRV__TELL_MS))
+        timeout_ms = TCPSRV__TELL_MS;
     if (!loop->heap_count || loop->heap[0].due == TCPSRV__NEVER) return timeout_ms;
     now = tcpsrv__clock_ns(); /* not the turn's: what ran in it took time */
     if (loop->heap[0].due <= now) return 0;
@@ -11050,7 +11055,7 @@ static TCPSRV__COLD void tcpsrv__say_ready(void *arg) {
     tcpsrv__ready_fd = -1;
 }
 
-static void tcpsrv__worker_write(tcpsrv__worker *worker, const tcpsrv_stats *stats) {
+static TCPSRV__COLD void tcpsrv__worker_write(tcpsrv__worker *worker, const tcpsrv_stats *stats) {
     size_t words[sizeof worker->words / sizeof(size_t)], i, sequence = worker->sequence | 1;
     memcpy(words, stats, sizeof words);
     TCPSRV__STORE_WORD(&worker->sequence, sequence);
@@ -11071,19 +11076,23 @@ static TCPSRV__COLD void tcpsrv__stats_add(tcpsrv_stats *sum, const tcpsrv_stats
     sum->active += more->active;
 }
 
-/* At the end of a turn: what the counters are, unless the number has gone to another process. */
-static void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
+/* What the counters are, unless the number has gone to another process. */
+static TCPSRV__COLD void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
     tcpsrv__worker *worker = &tcpsrv__workers[tcpsrv__own_task_id];
     const tcpsrv *server = loop->servers;
     tcpsrv_stats sum;
-    if (!server || TCPSRV__LOAD_WORD(&worker->pid) != (size_t)loop->pid) return;
-    if (!server->next) {
-        tcpsrv__worker_write(worker, &server->owner.stats);
-        return;
-    }
+    if (TCPSRV__LOAD_WORD(&worker->pid) != (size_t)loop->pid) return;
     memset(&sum, 0, sizeof sum);
     for (; server; server = server->next) tcpsrv__stats_add(&sum, &server->owner.stats);
     tcpsrv__worker_write(worker, &sum);
+}
+
+/* At the end of a turn. A busy loop does not pay for it turn after turn. */
+static void tcpsrv__worker_turn(tcpsrv_loop *loop) {
+    loop->untold = loop->now - loop->told_at < (uint64_t)TCPSRV__TELL_MS * 1000000u;
+    if (loop->untold) return;
+    loop->told_at = loop->now;
+    tcpsrv__worker_tell(loop);
 }
 
 /* What a forked child's first loop does for the family. */
@@ -11091,7 +11100,7 @@ static void tcpsrv__join_family(tcpsrv_loop *loop) {
     if (tcpsrv__lifeline < 0 || loop->parent_watch > 0) return;
     loop->parent_watch = tcpsrv_watch_fd(loop, tcpsrv__lifeline, TCPSRV_READ,
                                          tcpsrv__parent_gone, loop);
-    if (!tcpsrv__worker_told) loop->turn_end = tcpsrv__worker_tell;
+    if (!tcpsrv__worker_told) loop->turn_end = tcpsrv__worker_turn;
     tcpsrv__worker_told = 1;
     if (tcpsrv__ready_fd >= 0 && tcpsrv_call_soon(loop, tcpsrv__say_ready, NULL) < 0)
         tcpsrv__say_ready(NULL);
