@@ -962,8 +962,8 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV_HOT
 #endif
 #define TCPSRV_IMPL TCPSRV_HOT TCPSRV__COLD
-/* And those few whose usual way is shorter than a call; C++ would give such a symbol away only where
-   it is used, and clang would have nothing static in it. */
+/* And those few whose usual way is shorter than a call; C++ would give such a symbol away only
+   where it is used, and clang would have nothing static in it. */
 #if defined(__GNUC__) && !defined(__cplusplus) && !defined(__TINYC__) && !defined(__clang__)
 #define TCPSRV_FAST TCPSRV_HOT inline
 #else
@@ -4378,8 +4378,8 @@ static TCPSRV__NOINLINE int tcpsrv__queue_append_more(tcpsrv_loop *loop, tcpsrv_
 }
 
 /* A copy of the bytes; all or nothing. */
-static TCPSRV__NOINLINE int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue, const void *data,
-                                        size_t size) {
+static TCPSRV__NOINLINE int tcpsrv__queue_append(tcpsrv_loop *loop, tcpsrv__queue *queue,
+                                                 const void *data, size_t size) {
     tcpsrv__block *last = queue->last;
     size_t room;
     if (!last) {
