@@ -148,7 +148,7 @@ enum {
     TCPSRV_ECANCELED = -10003, /* the read was cancelled, or the loop is being freed */
     TCPSRV_EBUSY = -10004,     /* not now: a read waits already, the loop runs already, ... */
     TCPSRV_ETOOBIG = -10005,   /* the message is longer than its max; its bytes stay */
-    TCPSRV_EBUFFULL = -10006,  /* the output queue has no room for it; nothing was queued */
+    TCPSRV_EBUFFULL = -10006,  /* no room in the output queue, nothing was queued; memory_limit */
     TCPSRV_ETIMEDOUT = -10007, /* the time given has passed */
     TCPSRV_ENOTCORO = -10008,  /* a waiting call outside a coroutine while the loop runs */
     TCPSRV_EREFUSED = -10009,  /* refused by the caller's own framing */
@@ -328,8 +328,8 @@ TCPSRV_API tcpsrv_want tcpsrv_ready(void);
 
 /* Reads with a callback: fn(stream, err, bytes, arg) exactly once, never before this returns. One
    read at a time: TCPSRV_EBUSY, and the first is untouched. err is 0; TCPSRV_EOF, ETOOBIG,
-   ETIMEDOUT, ECANCELED, EREFUSED (the bytes stay for the next read); TCPSRV_ECLOSED; -ENOMEM; or
-   why the stream died. Above write_high_water of queued output it waits for the peer. */
+   ETIMEDOUT, ECANCELED, EREFUSED, EBUFFULL (at memory_limit): the bytes stay for the next read;
+   TCPSRV_ECLOSED; -ENOMEM; or why the stream died. Above write_high_water of queued output it waits for the peer. */
 typedef void tcpsrv_read_fn(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
 TCPSRV_API int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn, void *arg);
 
@@ -470,6 +470,7 @@ typedef struct tcpsrv_options {
     size_t stack_size;            /* of a handler's coroutine; 64 KiB (256 under ASan) */
     size_t max_connections;       /* RLIMIT_NOFILE - 32; more wait in the backlog */
     size_t max_connections_per_ip; /* see below; none */
+    size_t memory_limit;          /* see below; none */
     int64_t idle_timeout_ms;      /* without a byte in either direction; none */
     int64_t handshake_timeout_ms; /* for a PROXY header and the TLS handshake together; 10 s */
     int64_t close_timeout_ms;     /* for all of tcpsrv_close; 5 s */
@@ -485,6 +486,14 @@ typedef struct tcpsrv_options {
    after accept. IPv6 addresses are taken together by their first 64 bits, which is the least that
    one client is given (RFC 6177); Unix peers are not counted. The address is the one that the
    handler is told, so behind a proxy that of its header.
+
+   memory_limit: of all blocks that the server's streams hold: input that came in part, that nobody
+   has read yet, or that a handler looks at; output that peers do not take. Stacks and TLS sessions
+   do not count. At the limit accepting stops, and nothing more is received but for the oldest
+   message that has come in part, which has a reserve of max_buffer_size; what is there is served.
+   All goes on once an eighth of the limit is free. When nothing was freed for a second, the read
+   that holds most ends with TCPSRV_EBUFFULL. Peers that do not take their output are ended by write
+   timeouts alone: see tcpsrv_set_timeout.
 
    proxy_protocol: HAProxy's PROXY protocol, versions 1 and 2. The header is read before the handler
    starts, which is then told the address in it as the peer's, and so is tcpsrv_peer; what the
@@ -559,7 +568,10 @@ typedef struct tcpsrv_stats {
     uint64_t refused_per_ip; /* not accepted: closed at once over max_connections_per_ip */
     uint64_t refused_proxy;  /* closed for their PROXY header, or for not being trusted */
     uint64_t accept_pauses;  /* listener paused, for whatever reason */
-    uint64_t connection_limits; /* of these pauses: at max_connections */
+    uint64_t connection_limits, memory_limits; /* of these: at max_connections, memory_limit */
+    uint64_t memory_ends;    /* reads ended at memory_limit */
+    uint64_t buffer_memory;  /* bytes that streams hold now, see memory_limit */
+    uint64_t longest_turn_ns; /* of the loop: how long an event may have had to wait */
     uint64_t bytes_read, bytes_written;
     uint64_t timeouts_read, timeouts_write, timeouts_idle, timeouts_close, timeouts_handshake;
 } tcpsrv_stats;
@@ -1072,6 +1084,21 @@ static uint64_t tcpsrv__clock_ns(void) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
+
+/* How long ago that was, where it was in an earlier tick of the system's clock; else 0. To ask for
+   the tick costs a fraction of asking for the time. */
+#if defined(CLOCK_MONOTONIC_COARSE)
+static uint64_t tcpsrv__clock_since(uint64_t before) {
+    struct timespec tick;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &tick);
+    if ((uint64_t)tick.tv_sec * 1000000000u + (uint64_t)tick.tv_nsec <= before) return 0;
+    return tcpsrv__clock_ns() - before;
+}
+#else
+static uint64_t tcpsrv__clock_since(uint64_t before) {
+    return tcpsrv__clock_ns() - before;
+}
+#endif
 
 static long tcpsrv__sys_pid(void) {
     return (long)getpid();
@@ -2722,7 +2749,7 @@ enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks */
 enum { TCPSRV__TELL_MS = 100 };
 
 struct tcpsrv_loop {
-    uint64_t now, turn;
+    uint64_t now, turn, longest_turn;
     tcpsrv__co *current;        /* the running coroutine; NULL: a callback, or nothing */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     size_t ready_count;
@@ -3416,6 +3443,7 @@ static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
 
 static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
+    uint64_t took;
     int n;
     thread->turning = loop;
     tcpsrv__flush_all(loop);
@@ -3427,6 +3455,8 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__run_ready(loop);
     tcpsrv__destroy_gone(loop);
     tcpsrv__slots_recycle(loop);
+    took = tcpsrv__clock_since(loop->now);
+    if (took > loop->longest_turn) loop->longest_turn = took;
     if (loop->turn_end) loop->turn_end(loop);
     thread->turning = NULL;
     return n < 0 ? n : 0;
@@ -4456,6 +4486,15 @@ static size_t tcpsrv__queue_memory(const tcpsrv__queue *queue) {
     return size;
 }
 
+/* The memory of the queue's own blocks. */
+static TCPSRV__COLD size_t tcpsrv__queue_held(const tcpsrv__queue *queue) {
+    const tcpsrv__block *block = tcpsrv__queue_first(queue);
+    size_t size = 0;
+    for (; block; block = tcpsrv__queue_next(queue, block))
+        if (!block->done) size += block->capacity + TCPSRV__BLOCK_HEAD;
+    return size;
+}
+
 /* What the peer does not take for now is kept in memory of its size. */
 static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *queue) {
     tcpsrv__block *block = tcpsrv__queue_first(queue), *next, *fit;
@@ -4505,7 +4544,11 @@ typedef struct tcpsrv__owner {
     size_t receive_max;             /* of one receive into a block of the usual size */
     uint64_t idle_ns, close_ns;
     int draining;                   /* 2: also what has not had a message yet */
+    int full;                       /* at memory_limit: nothing is received, */
+    int64_t favoured;               /* but by the stream with this id */
     tcpsrv_stats stats;
+    /* What a stream holds has changed; NULL: there is no limit. */
+    void (*weigh)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int freed);
     void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
     void (*not_ready)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int code); /* died so */
 } tcpsrv__owner;
@@ -4558,6 +4601,8 @@ struct tcpsrv_stream {
     int16_t error;                  /* why it is dead */
     uint8_t burst, want_kind;
     uint16_t peer_port;
+    uint32_t charged;               /* what it holds, in units */
+    uint32_t since;                 /* the turn since when it does */
     uint32_t peer_ip;               /* IPv4; of IPv6 the zone, its address lies behind the stream */
     unsigned dead : 1;              /* the descriptor is closed */
     unsigned closing : 1, cancelled : 1, connecting : 1, unpolled : 1;
@@ -4838,12 +4883,43 @@ static TCPSRV__NOINLINE int tcpsrv__boxes_make(tcpsrv_loop *loop) {
     return loop->has_boxes;
 }
 
+/* ---- what a stream holds --------------------------------------------------------------------- */
+
+/* Counted where a stream comes to rest with bytes of either direction, and where it gives them up:
+   a message that comes and is answered in one piece is never counted. */
+
+enum { TCPSRV__UNIT = 64 };
+
+static TCPSRV__COLD void tcpsrv__recharge(tcpsrv_stream *stream) {
+    tcpsrv__owner *owner = stream->owner;
+    size_t held = stream->blocked ? tcpsrv__queue_held(&stream->out) : 0;
+    size_t before = stream->charged;
+    if (stream->in && stream->in->pool >= TCPSRV__POOL_NONE)
+        held += stream->in->capacity + TCPSRV__BLOCK_HEAD;
+    held = (held + TCPSRV__UNIT - 1) / TCPSRV__UNIT;
+    if (held > UINT32_MAX) held = UINT32_MAX;
+    if (held == before) return;
+    if (!before) stream->since = (uint32_t)stream->source.loop->turn;
+    stream->charged = (uint32_t)held;
+    owner->stats.buffer_memory += (uint64_t)held * TCPSRV__UNIT - (uint64_t)before * TCPSRV__UNIT;
+    if (owner->weigh) owner->weigh(owner, stream, held < before);
+}
+
+/* While the server is full: whether the stream must not receive. Only the rest of a message may
+   come, as far as the reserve goes. */
+static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
+    size_t size = stream->in ? tcpsrv__block_size(stream->in) : 0;
+    return stream->owner->favoured != stream->source.id || !size ||
+           size >= stream->owner->options.max_buffer_size;
+}
+
 /* ---- life ------------------------------------------------------------------------------------ */
 
 TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
     if (stream->in) tcpsrv__block_give(stream->source.loop, stream->in);
     stream->in = NULL;
     stream->viewed = 0;
+    if (stream->charged) tcpsrv__recharge(stream);
 }
 
 static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
@@ -4873,6 +4949,7 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     tcpsrv__descriptor_close(stream);
     tcpsrv__queue_drop(stream->source.loop, &stream->out, code ? code : TCPSRV_ECLOSED);
     stream->out.size = unsent;
+    tcpsrv__recharge(stream);
     if (stream->extra) tcpsrv__timer_cancel(stream->source.loop, &stream->extra->alarm);
     tcpsrv__make_ready(&stream->source);
 }
@@ -5203,9 +5280,10 @@ TCPSRV__INLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
 
 /* Input that nobody looks at is kept in memory of its size, or not at all. */
 TCPSRV__INLINE void tcpsrv__input_settle(tcpsrv_stream *stream) {
-    if (!stream->in || stream->viewed) return;
-    if (stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
-    else tcpsrv__input_trim(stream);
+    if (!stream->in) return;
+    if (!stream->viewed && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+    else if (!stream->viewed) tcpsrv__input_trim(stream);
+    if (stream->in && stream->in->pool != TCPSRV__POOL_HOME) tcpsrv__recharge(stream);
 }
 
 /* Hands out so many bytes of the buffer. A callback has done with them when it returns; a
@@ -5278,7 +5356,9 @@ static TCPSRV__NOINLINE int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) 
     if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
     if (*err) return 1;
     tcpsrv__input_settle(stream);
-    if (stream->readable && !stream->connecting) tcpsrv__make_ready(&stream->source);
+    if (stream->readable && !stream->connecting &&
+        !(stream->owner->full && tcpsrv__must_not_grow(stream)))
+        tcpsrv__make_ready(&stream->source);
     return 0;
 }
 
@@ -5292,7 +5372,8 @@ static TCPSRV__NOINLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tc
             return 1;
         }
         if (!stream->readable || stream->dead || stream->eof || stream->connecting ||
-            stream->receive_turn == (uint16_t)stream->source.loop->turn)
+            stream->receive_turn == (uint16_t)stream->source.loop->turn ||
+            (stream->owner->full && tcpsrv__must_not_grow(stream)))
             return tcpsrv__read_stuck(stream, err);
         *err = tcpsrv__receive(stream);
         if (*err) return 1;
@@ -5578,6 +5659,7 @@ static TCPSRV__NOINLINE void tcpsrv__output_step(tcpsrv_stream *stream) {
         tcpsrv__output_result(stream, n, asked);
     }
     if (stream->dead) return;
+    if (stream->charged || stream->blocked) tcpsrv__recharge(stream);
     if (!stream->out.last && !stream->owes) tcpsrv__output_emptied(stream);
     else if (!stream->blocked) tcpsrv__make_ready(&stream->source);
 }
@@ -6049,6 +6131,7 @@ TCPSRV__INLINE void tcpsrv__serve_coroutine(tcpsrv_loop *loop, tcpsrv_stream *st
     wait->bytes.size = size;
     stream->read_fn = NULL;
     tcpsrv__waiter_resume(&wait->waiter, 0);
+    if (stream->in) tcpsrv__recharge(stream);
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
 }
 
@@ -6139,6 +6222,10 @@ static const tcpsrv__class tcpsrv__stream_class = {
 
 /* ---- making streams -------------------------------------------------------------------------- */
 
+static TCPSRV__COLD int tcpsrv__winds(const tcpsrv__owner *owner) {
+    return owner->draining || owner->full || owner->gather_max < TCPSRV__GATHER_SIZE;
+}
+
 /* Zeroed memory becomes a stream over a connected descriptor, told about from now on, or without
    one yet (-1). On failure the descriptor stays the caller's. */
 static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop,
@@ -6147,7 +6234,7 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
     int err = tcpsrv__source_init(&stream->source, &tcpsrv__stream_class, loop, fd);
     if (err) return err;
     stream->owner = owner;
-    stream->winding = owner->draining || owner->gather_max < TCPSRV__GATHER_SIZE;
+    stream->winding = tcpsrv__winds(owner) != 0;
     stream->readable = 1;
     stream->blocked = 0;
     stream->receive_turn = (uint16_t)(loop->turn - 1);
@@ -6363,6 +6450,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_w
             if (err || stream->extra) tcpsrv__read_ended(stream, err);
             stream->read_fn = NULL;
             if (err) return tcpsrv__await_refused(err, stream, bytes);
+            if (stream->in) tcpsrv__recharge(stream);
             if (bytes) *bytes = wait.bytes;
             return 0;
         }
@@ -9107,7 +9195,8 @@ static TCPSRV__COLD const char *tcpsrv__secure_text(int code) {
 /* Owns addresses: as text, as sockets that listen there, as connections begun. */
 
 /* Why a connection is not served, for the log alone. */
-enum { TCPSRV__EPROXY = -10101, TCPSRV__EUNTRUSTED, TCPSRV__EPER_IP, TCPSRV__ECONNECTIONS };
+enum { TCPSRV__EPROXY = -10101, TCPSRV__EUNTRUSTED, TCPSRV__EPER_IP, TCPSRV__ECONNECTIONS,
+       TCPSRV__EMEMORY };
 
 enum {
     TCPSRV__MAX_ADDRESSES = 32,     /* of one host name */
@@ -9786,14 +9875,15 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_ECANCELED, "cancelled" },
     { TCPSRV_EBUSY, "another call waits" },
     { TCPSRV_ETOOBIG, "the message is too long" },
-    { TCPSRV_EBUFFULL, "the output is full" },
+    { TCPSRV_EBUFFULL, "the buffers are full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
     { TCPSRV_ENOTCORO, "outside a coroutine in a running loop" },
     { TCPSRV_EREFUSED, "refused by the framing" },
     { TCPSRV__EPROXY, "not a PROXY header" },
     { TCPSRV__EUNTRUSTED, "not a trusted proxy" },
     { TCPSRV__EPER_IP, "max_connections_per_ip is reached" },
-    { TCPSRV__ECONNECTIONS, "max_connections is reached" }
+    { TCPSRV__ECONNECTIONS, "max_connections is reached" },
+    { TCPSRV__EMEMORY, "memory_limit is reached" }
 };
 
 TCPSRV_IMPL const char *tcpsrv_strerror(int code) {
@@ -10337,7 +10427,9 @@ struct tcpsrv {
     int started, paused, at_limit, freed, drain_over, drained_told, busy;
     size_t handlers;                /* coroutines that have not returned */
     int64_t pause_ms;
-    tcpsrv__timer pause_timer, drain_timer;
+    tcpsrv__timer pause_timer, drain_timer, memory_timer;
+    uint64_t freed_at;              /* while it is full: when memory was freed last */
+    int full_told;
     uint64_t drain_due;
     int64_t upgrade_call;           /* at SIGUSR2 */
     tcpsrv__drain_signal *drain_signals;
@@ -10446,6 +10538,7 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     if (server->freed && loop) {
         tcpsrv__timer_cancel(loop, &server->pause_timer);
         tcpsrv__timer_cancel(loop, &server->drain_timer);
+        tcpsrv__timer_cancel(loop, &server->memory_timer);
         tcpsrv__server_unlink(server);
         tcpsrv__source_end(&server->source);
     } else if (server->freed) {
@@ -10461,6 +10554,7 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv__drain_signal *drain;
     tcpsrv__timer_cancel(source->loop, &server->pause_timer);
     tcpsrv__timer_cancel(source->loop, &server->drain_timer);
+    tcpsrv__timer_cancel(source->loop, &server->memory_timer);
     tcpsrv__slot_release(source->loop, source->id);
     tcpsrv__server_unlink(server);
     server->loop = NULL;
@@ -10511,6 +10605,14 @@ static void tcpsrv__listeners_poll(tcpsrv *server, int on) {
         tcpsrv__listener_poll(listener, on);
 }
 
+static int tcpsrv__may_accept(const tcpsrv *server) {
+    return !server->at_limit && !server->paused && !server->owner.full;
+}
+
+static void tcpsrv__listeners_resume(tcpsrv *server) {
+    if (tcpsrv__may_accept(server)) tcpsrv__listeners_poll(server, 1);
+}
+
 /* For a growing time, until an accept succeeds. */
 static void tcpsrv__accept_pause(tcpsrv *server) {
     server->owner.stats.accept_pauses++;
@@ -10524,11 +10626,12 @@ static TCPSRV__COLD void tcpsrv__pause_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, pause_timer, timer);
     (void)loop;
     tcpsrv__pause_end(server);
-    if (!server->at_limit) tcpsrv__listeners_poll(server, 1);
+    tcpsrv__listeners_resume(server);
 }
 
 /* At max_connections new ones wait in the backlog. */
 static int tcpsrv__at_limit(tcpsrv *server) {
+    if (server->owner.full) return 1; /* which memory_limit will say */
     if (server->owner.stats.active < server->owner.options.max_connections) return 0;
     if (!server->at_limit) {
         server->owner.stats.accept_pauses++;
@@ -10734,7 +10837,7 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
     tcpsrv__stream_free(stream);
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
-        if (!server->paused) tcpsrv__listeners_poll(server, 1);
+        tcpsrv__listeners_resume(server);
     }
     tcpsrv__server_settle(server);
 }
@@ -11029,7 +11132,7 @@ static int tcpsrv__listener_add(tcpsrv *server, int fd) {
     listener->burst = 1;
     while (*last) last = &(*last)->next;
     *last = listener;
-    if (!server->at_limit && !server->paused) tcpsrv__listener_poll(listener, 1);
+    if (tcpsrv__may_accept(server)) tcpsrv__listener_poll(listener, 1);
     return 0;
 }
 
@@ -11084,6 +11187,7 @@ static TCPSRV__COLD void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
     if (TCPSRV__LOAD_WORD(&worker->pid) != (size_t)loop->pid) return;
     memset(&sum, 0, sizeof sum);
     for (; server; server = server->next) tcpsrv__stats_add(&sum, &server->owner.stats);
+    sum.longest_turn_ns = loop->longest_turn;
     tcpsrv__worker_write(worker, &sum);
 }
 
@@ -11161,7 +11265,7 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     if (loop) return 0;
     loop = server->owner.options.loop ? server->owner.options.loop : tcpsrv_loop_default();
     if (!loop) return tcpsrv__thread()->error;
-    err = tcpsrv__timer_reserve(loop, 2);
+    err = tcpsrv__timer_reserve(loop, 3);
     if (!err) err = tcpsrv__source_init(&server->source, &tcpsrv__server_class, loop, -1);
     if (err) return err;
     tcpsrv__join_family(loop);
@@ -11171,6 +11275,7 @@ static int tcpsrv__server_attach(tcpsrv *server) {
     *last = server;
     tcpsrv__timer_arm(loop, &server->pause_timer, TCPSRV__NEVER);
     tcpsrv__timer_arm(loop, &server->drain_timer, TCPSRV__NEVER);
+    tcpsrv__timer_arm(loop, &server->memory_timer, TCPSRV__NEVER);
     if (server->reserve_fd < 0) server->reserve_fd = tcpsrv__sys_reserve();
     return tcpsrv__server_signals(server);
 }
@@ -11260,6 +11365,107 @@ static tcpsrv_stream *tcpsrv__stream_in_slot(tcpsrv *server, uint32_t number) {
     if (!source || source->type != &tcpsrv__stream_class) return NULL;
     stream = tcpsrv__stream_of(source);
     return stream->owner == &server->owner ? stream : NULL;
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+enum { TCPSRV__STUCK_MS = 1000 };
+
+/* Looks at every stream with a message that has come in part: the one that holds most, or the one
+   that has held it longest; NULL where there is none. */
+static TCPSRV__COLD tcpsrv_stream *tcpsrv__begun_message(tcpsrv *server, int by_weight) {
+    uint32_t i, turn = (uint32_t)server->loop->turn, best = 0;
+    tcpsrv_stream *found = NULL;
+    for (i = 1; i < server->loop->slot_count; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        uint32_t rank;
+        if (!stream || !stream->read_fn || !stream->charged || stream->closing || stream->dead ||
+            !stream->in || !tcpsrv__block_size(stream->in))
+            continue;
+        rank = by_weight ? stream->charged : turn - stream->since;
+        if (found && rank <= best) continue;
+        found = stream;
+        best = rank;
+    }
+    return found;
+}
+
+/* Whether nothing more is received. Streams that were held back then have their turn. */
+static TCPSRV__COLD void tcpsrv__set_full(tcpsrv *server, int full) {
+    uint32_t i;
+    server->owner.full = full;
+    server->owner.favoured = 0;
+    for (i = 1; i < server->loop->slot_count; i++) {
+        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+        if (!stream) continue;
+        stream->winding = tcpsrv__winds(&server->owner) != 0;
+        if (!full && stream->read_fn) tcpsrv__make_ready(&stream->source);
+    }
+}
+
+static TCPSRV__COLD void tcpsrv__full_tell(tcpsrv *server) {
+    if (server->full_told) return;
+    server->full_told = 1;
+    server->owner.stats.accept_pauses++;
+    server->owner.stats.memory_limits++;
+    tcpsrv__listeners_poll(server, 0);
+    tcpsrv__log_limited(server, TCPSRV_LOG_WARNING, TCPSRV__EMEMORY, "accept paused", NULL);
+}
+
+static TCPSRV__COLD void tcpsrv__favour(tcpsrv *server) {
+    tcpsrv_stream *stream = tcpsrv_by_id(server->loop, server->owner.favoured);
+    if (stream && stream->read_fn && stream->charged) return;
+    stream = tcpsrv__begun_message(server, 0);
+    server->owner.favoured = stream ? stream->source.id : 0;
+    if (stream) tcpsrv__make_ready(&stream->source);
+}
+
+/* While the server is full: a second after memory was freed last, or at once when some was. */
+static TCPSRV__COLD void tcpsrv__memory_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, memory_timer, timer);
+    uint64_t held = server->owner.stats.buffer_memory, limit = server->owner.options.memory_limit;
+    int stuck = loop->now - server->freed_at >= tcpsrv__ms_to_ns(TCPSRV__STUCK_MS);
+    tcpsrv_stream *heaviest = NULL;
+    tcpsrv__timer_arm(loop, timer, TCPSRV__NEVER);
+    if (!server->owner.full) return;
+    tcpsrv__full_tell(server);
+    if (held <= limit - limit / 8 || (stuck && held < limit)) {
+        server->full_told = 0;
+        tcpsrv__set_full(server, 0);
+        tcpsrv__listeners_resume(server);
+        return;
+    }
+    if (stuck) {
+        heaviest = tcpsrv__begun_message(server, 1);
+        server->freed_at = loop->now;
+    }
+    tcpsrv__favour(server);
+    tcpsrv__timer_arm(loop, timer, server->freed_at + tcpsrv__ms_to_ns(TCPSRV__STUCK_MS));
+    if (!heaviest) return;
+    server->owner.stats.memory_ends++;
+    server->busy++;
+    tcpsrv__read_fail(heaviest, TCPSRV_EBUFFULL);
+    server->busy--;
+    tcpsrv__server_settle(server);
+}
+
+/* Called from inside whatever a stream does: the rest is the timer's. The favoured one that frees
+   something had its turn: it is the youngest now. */
+static TCPSRV__COLD void tcpsrv__weigh(tcpsrv__owner *owner, tcpsrv_stream *stream, int freed) {
+    tcpsrv *server = tcpsrv__server_of(owner);
+    tcpsrv_loop *loop = server->loop;
+    size_t limit = owner->options.memory_limit;
+    int begins = !owner->full && owner->stats.buffer_memory >= limit;
+    if (!loop || (!begins && !(owner->full && freed))) return;
+    server->freed_at = loop->now;
+    if (begins) {
+        tcpsrv__set_full(server, 1);
+    } else if (owner->favoured == stream->source.id) {
+        owner->favoured = 0;
+        stream->since = (uint32_t)loop->turn;
+    }
+    if (begins || !owner->favoured || owner->stats.buffer_memory <= limit - limit / 8)
+        tcpsrv__timer_arm(loop, &server->memory_timer, loop->now);
 }
 
 TCPSRV_IMPL void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream, void *arg),
@@ -11421,6 +11627,8 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
     server->pause_ms = TCPSRV__PAUSE_MS;
     server->pause_timer.fire = tcpsrv__pause_fire;
     server->drain_timer.fire = tcpsrv__drain_fire;
+    server->memory_timer.fire = tcpsrv__memory_fire;
+    if (options->memory_limit) server->owner.weigh = tcpsrv__weigh;
     return server;
 }
 
@@ -11450,6 +11658,7 @@ TCPSRV_IMPL int tcpsrv_port(const tcpsrv *server, int index) {
 
 TCPSRV_IMPL void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats) {
     *stats = server->owner.stats;
+    if (server->loop) stats->longest_turn_ns = server->loop->longest_turn;
 }
 
 /* ==== >>process =============================================================================== */

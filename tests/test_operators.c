@@ -318,6 +318,22 @@ static void every_end_is_counted_by_its_reason(void) {
     end();
 }
 
+static void doze(void *arg) {
+    (void)arg;
+    test_sleep_ms(60);
+}
+
+static void the_longest_turn_is_told(void) {
+    tcpsrv_options options = plain();
+    begin(&options);
+    turns(3);
+    tcpsrv_call_soon(loop, doze, NULL);
+    turns(3);
+    CHECK(stats().longest_turn_ns >= 59000000u);
+    CHECK(stats().longest_turn_ns < 30000000000u);
+    end();
+}
+
 /* ---- sockets that were passed ---------------------------------------------------------------- */
 
 static void pass(const char *pid, const char *count, const char *names) {
@@ -614,6 +630,7 @@ int main(int argc, char **argv) {
         TEST(without_memory_for_its_address_a_connection_is_dropped),
         TEST(at_max_connections_one_line_says_so),
         TEST(every_end_is_counted_by_its_reason),
+        TEST(the_longest_turn_is_told),
         TEST(passed_sockets_are_served_and_the_variables_cleared),
         TEST(without_passed_sockets_there_are_none),
         TEST(malformed_variables_are_refused),
