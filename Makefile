@@ -2,8 +2,10 @@
 # make test       everything; the last line is the sum
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
 # make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
-#                 from FROM=n on; POLLER=epoll, kqueue or poll (all three where many are run)
-# make fuzz       clang's libFuzzer over what strangers send and what files hold
+#                 from FROM=n on; POLLER=epoll, kqueue, netbsd or poll (all where many are run)
+# make exhaustive short scenarios on it, in which every call and allocation fails in its turn
+# make fuzz       clang's libFuzzer over what strangers send and what files hold, and over the
+#                 simulated kernel's chances
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
 # make bench-count, make bench-check, make bench-plot: see tests/bench/results/README.md
@@ -41,7 +43,7 @@ endif
 ifeq ($(shell uname -s),Linux)
 POLL_UNITS = $(patsubst $(BUILD)/%,$(BUILD)/poll/%,$(UNITS))
 # The library on a simulated kernel, once for each poller.
-SIM = $(BUILD)/sim_epoll $(BUILD)/sim_kqueue $(BUILD)/sim_poll
+SIM = $(BUILD)/sim_epoll $(BUILD)/sim_kqueue $(BUILD)/sim_netbsd $(BUILD)/sim_poll
 endif
 SIM_SOURCES = $(wildcard tests/sim/*.[ch] tests/sim/include/sys/*.h)
 POLLER = epoll
@@ -91,11 +93,16 @@ $(BUILD)/certificate.pem:
 	    -subj /CN=localhost -addext 'subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1' \
 	    -addext extendedKeyUsage=serverAuth -keyout $(BUILD)/key.pem -out $@
 
+# kqueue twice: with the types of most systems, and with NetBSD's.
+$(BUILD)/sim_epoll: SIM_POLLER = EPOLL
+$(BUILD)/sim_kqueue: SIM_POLLER = KQUEUE
+$(BUILD)/sim_netbsd: SIM_POLLER = KQUEUE -DSIM_NETBSD
+$(BUILD)/sim_poll: SIM_POLLER = POLL
+
 $(BUILD)/sim_%: $(SIM_SOURCES) tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)
 	@rm -f $@
-	$(COMPILE) $(SIM_FLAGS) -Itests/sim/include \
-	    -DTCPSERVER_USE_$(shell echo $* | tr a-z A-Z) -pthread tests/sim/sim.c -o $@
+	$(COMPILE) -Itests/sim/include -DTCPSERVER_USE_$(SIM_POLLER) -pthread tests/sim/sim.c -o $@
 
 sim: $(SIM)
 ifdef SEED
@@ -103,6 +110,9 @@ ifdef SEED
 else
 	@for program in $(SIM); do echo "$$program:"; $$program seeds $(FROM) $(SEEDS) || exit 1; done
 endif
+
+exhaustive: $(SIM)
+	@for program in $(SIM); do echo "$$program:"; $$program exhaustive || exit 1; done
 
 # A change of compiler or flags makes all programs old.
 $(BUILD)/flags: FORCE
@@ -140,5 +150,5 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run certs examples programs unit sim test bench bench-count bench-check bench-plot \
-        lint install clean FORCE
+.PHONY: all run certs examples programs unit sim exhaustive fuzz test bench bench-count \
+        bench-check bench-plot lint install clean FORCE

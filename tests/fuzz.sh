@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fuzzes each tests/fuzz/fuzz_*.c with clang's libFuzzer, SECONDS_EACH (20) each, from seeds that
-# are made here. One line for each; the last line is the sum. What makes one fail stays in
+# are made here or kept in tests/fuzz/corpus. One line for each; the last line is the sum. What makes one fail stays in
 # BUILD/fuzz.
 #
 #   BUILD=build sh tests/fuzz.sh [PART OF A NAME]
@@ -37,6 +37,14 @@ END
 
 seeds_pem() { # DIRECTORY
     cp "$certificates"/*.pem "$certificates"/*.key "$certificates"/*.der "$1"/
+}
+
+seeds_sim() { # DIRECTORY
+    cp "$root"/tests/fuzz/corpus/sim/* "$1"/
+}
+
+seeds_parsers() { # DIRECTORY
+    cp "$root"/tests/fuzz/corpus/parsers/* "$1"/
 }
 
 fuzz() { # NAME

@@ -22,13 +22,6 @@ static double sim_seconds(void) {
     return (double)now.tv_sec + (double)now.tv_usec / 1e6;
 }
 
-static void sim_begin(void) {
-    sim_table_make();
-    if (regcomp(&world_regex[0], "\r?\n", REG_EXTENDED) != 0 ||
-        regcomp(&world_regex[1], "[aeiou]{3}", REG_EXTENDED) != 0)
-        abort();
-}
-
 /* Whatever ends the process, the seed is known. */
 static void sim_died(int signo) {
     sim_print_run();
@@ -69,6 +62,11 @@ static void sim_watch(void) {
     for (; i < 6; i++) (sigaction)(signals[i], &action, NULL);
 }
 
+static void world_seed(uint64_t seed, const struct sim_options_of_run *run) {
+    sim_reset(seed, run);
+    world_any();
+}
+
 static int sim_seeds(uint64_t from, uint64_t count) {
     struct sim_options_of_run run;
     double start = sim_seconds(), took;
@@ -95,7 +93,7 @@ static int sim_seeds(uint64_t from, uint64_t count) {
 int main(int argc, char **argv) {
     struct sim_options_of_run run;
     memset(&run, 0, sizeof run);
-    sim_begin();
+    world_prepare();
     sim_watch();
     if (argc == 4 && strcmp(argv[1], "seeds") == 0)
         return sim_seeds(strtoull(argv[2], NULL, 10), strtoull(argv[3], NULL, 10));

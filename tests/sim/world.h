@@ -143,7 +143,7 @@ static tcpsrv_want want_until(model_want *want, size_t max) {
     want->delimiter_size = strlen(want->delimiter);
     if (want->kind == WANT_UNTIL) return tcpsrv_until(want->delimiter, max);
     if (sim_chance(4)) {
-        want->delimiter = "a\0b" + sim_below(2);
+        want->delimiter = &"a\0b"[sim_below(2)];
         want->delimiter_size = 1 + sim_below(2);
     }
     return tcpsrv_until_mem(want->delimiter, want->delimiter_size, max);
@@ -1053,10 +1053,9 @@ static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     sim.now = 1000000000u;
 }
 
-/* The character of a random run. */
-static void world_seed(uint64_t seed, const struct sim_options_of_run *run) {
-    sim_reset(seed, run);
-    if (!run->fail_call && !run->fault_rate && !run->alloc_rate && !sim_chance(2)) {
+/* A random run: its character first. */
+static void world_any(void) {
+    if (!sim.run.fail_call && !sim.run.fault_rate && !sim.run.alloc_rate && !sim_chance(2)) {
         sim.run.fault_rate = sim_chance(3) ? 0 : 20 + sim_size(2000);
         sim.run.alloc_rate = sim_chance(2) ? 0 : 20 + sim_size(2000);
     }
@@ -1068,6 +1067,14 @@ static void world_seed(uint64_t seed, const struct sim_options_of_run *run) {
     sim_least_room = (sim_peer_bytes + world.write_most) / 1000;
     world.steps_most = sim_chance(6) ? 60 : 12;
     world_run(world_begin);
+}
+
+/* Once in a process. */
+static void world_prepare(void) {
+    sim_table_make();
+    if (regcomp(&world_regex[0], "\r?\n", REG_EXTENDED) != 0 ||
+        regcomp(&world_regex[1], "[aeiou]{3}", REG_EXTENDED) != 0)
+        abort();
 }
 
 #endif
