@@ -1,6 +1,6 @@
-/* What reads bytes of strangers without a stream. The first byte chooses: a PROXY
-   header, a list of networks, or a request in the redis example's protocol. All input lies in
-   blocks of its exact size, so that the sanitizer sees each byte read beside it. Run by tests/fuzz.sh. */
+/* What reads bytes of strangers without a stream. The first byte chooses: a PROXY header, a list of
+   networks, or a request in the redis example's protocol. All input lies in blocks of its exact
+   size, so that the sanitizer sees each byte read beside it. Run by tests/fuzz.sh. */
 #define main redis_main
 #include "../../examples/redis.c"
 #undef main

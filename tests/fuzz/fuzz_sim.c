@@ -1,5 +1,5 @@
-/* The simulated kernel and its workload, with the fuzzer's bytes in the place of
-   chance. Run by tests/fuzz.sh. */
+/* The simulated kernel and its workload, with the fuzzer's bytes in the place of chance. Run by
+   tests/fuzz.sh. */
 #define SIM_FUZZ 1
 #define TCPSERVER_USE_EPOLL
 #include "../sim/calls.h"
