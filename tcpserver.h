@@ -6074,9 +6074,10 @@ TCPSRV__INLINE void tcpsrv__serve_callbacks(tcpsrv_loop *loop, tcpsrv_stream *st
         const char *found = stream->want_kind == TCPSRV__WANT_CHAR
                                 ? (const char *)memchr(at, *(const char *)stream->want_memory, size)
                                 : NULL;
+        if (!found) break;
         bytes.data = at;
         bytes.size = (size_t)(found - at) + 1;
-        if (!found || bytes.size > stream->want_max) break;
+        if (bytes.size > stream->want_max) break;
         at = found + 1;
         size -= bytes.size;
         box->begin = box->end - size;
@@ -6477,8 +6478,9 @@ TCPSRV__INLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, char delimiter,
     }
     data = in->data + in->begin;
     found = (const char *)memchr(data, delimiter, size);
+    if (!found) return 0;
     size = (size_t)(found - data) + 1;
-    if (!found || size > max || stream->burst == TCPSRV__BURST) return 0;
+    if (size > max || stream->burst == TCPSRV__BURST) return 0;
     in->begin += size;
     stream->viewed = 1;
     stream->burst++;
