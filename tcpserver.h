@@ -571,7 +571,8 @@ typedef struct tcpsrv_stats {
     uint64_t connection_limits, memory_limits; /* of these: at max_connections, memory_limit */
     uint64_t memory_ends;    /* reads ended at memory_limit */
     uint64_t buffer_memory;  /* bytes that streams hold now, see memory_limit */
-    uint64_t longest_turn_ns; /* of the loop: how long an event may have had to wait */
+    uint64_t longest_turn_ns; /* of the loop, since it was first asked for these counters; in a */
+                             /*   child of tcpsrv_fork_processes, since it began */
     uint64_t bytes_read, bytes_written;
     uint64_t timeouts_read, timeouts_write, timeouts_idle, timeouts_close, timeouts_handshake;
 } tcpsrv_stats;
@@ -2749,7 +2750,8 @@ enum { TCPSRV__CLASSES = 6 };   /* of pooled blocks */
 enum { TCPSRV__TELL_MS = 100 };
 
 struct tcpsrv_loop {
-    uint64_t now, turn, longest_turn;
+    uint64_t now, turn;
+    uint64_t longest_turn;      /* since somebody asked, which sets measured */
     tcpsrv__co *current;        /* the running coroutine; NULL: a callback, or nothing */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     size_t ready_count;
@@ -2758,7 +2760,7 @@ struct tcpsrv_loop {
     tcpsrv__heap_entry *heap;
     size_t heap_count, heap_capacity;
     uint64_t timer_sequence;
-    int running, stopping, ending;
+    int running, stopping, ending, measured;
     int64_t parent_watch;       /* of a forked child, >>server */
     tcpsrv *servers;            /* those that run here */
     tcpsrv__upgrade *upgrade;   /* >>process */
@@ -3441,9 +3443,13 @@ static int tcpsrv__loop_wait_ms(const tcpsrv_loop *loop, int timeout_ms) {
     return left > INT_MAX ? INT_MAX : (int)left;
 }
 
+static TCPSRV__COLD void tcpsrv__measure_turn(tcpsrv_loop *loop) {
+    uint64_t took = tcpsrv__clock_since(loop->now);
+    if (took > loop->longest_turn) loop->longest_turn = took;
+}
+
 static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
-    uint64_t took;
     int n;
     thread->turning = loop;
     tcpsrv__flush_all(loop);
@@ -3455,8 +3461,7 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__run_ready(loop);
     tcpsrv__destroy_gone(loop);
     tcpsrv__slots_recycle(loop);
-    took = tcpsrv__clock_since(loop->now);
-    if (took > loop->longest_turn) loop->longest_turn = took;
+    if (loop->measured) tcpsrv__measure_turn(loop);
     if (loop->turn_end) loop->turn_end(loop);
     thread->turning = NULL;
     return n < 0 ? n : 0;
@@ -11208,6 +11213,7 @@ static void tcpsrv__join_family(tcpsrv_loop *loop) {
                                          tcpsrv__parent_gone, loop);
     if (!tcpsrv__worker_told) loop->turn_end = tcpsrv__worker_turn;
     tcpsrv__worker_told = 1;
+    loop->measured = 1;
     if (tcpsrv__ready_fd >= 0 && tcpsrv_call_soon(loop, tcpsrv__say_ready, NULL) < 0)
         tcpsrv__say_ready(NULL);
 }
@@ -11660,7 +11666,9 @@ TCPSRV_IMPL int tcpsrv_port(const tcpsrv *server, int index) {
 
 TCPSRV_IMPL void tcpsrv_get_stats(const tcpsrv *server, tcpsrv_stats *stats) {
     *stats = server->owner.stats;
-    if (server->loop) stats->longest_turn_ns = server->loop->longest_turn;
+    if (!server->loop) return;
+    stats->longest_turn_ns = server->loop->longest_turn;
+    server->loop->measured = 1;
 }
 
 /* ==== >>process =============================================================================== */

@@ -326,7 +326,9 @@ static void doze(void *arg) {
 static void the_longest_turn_is_told(void) {
     tcpsrv_options options = plain();
     begin(&options);
+    tcpsrv_call_soon(loop, doze, NULL);
     turns(3);
+    CHECK_INT(stats().longest_turn_ns, 0); /* nobody had asked */
     tcpsrv_call_soon(loop, doze, NULL);
     turns(3);
     CHECK(stats().longest_turn_ns >= 59000000u);
