@@ -719,7 +719,8 @@ TCPSRV_API int tcpsrv_upgrade(char *const *argv, int64_t drain_ms);
    restores dispositions in each child; children ignore SIGINT and end when their parent is gone.
    Where the program has no handler of its own for SIGUSR1, the parent logs at that a line for each
    child. TCPSRV_EBUSY where this thread has a loop already or is such a child; -EAGAIN, -ENOMEM
-   from fork(2), with no child left behind.
+   from fork(2), with no child left behind. On Linux a connection to a socket that they share wakes
+   one of them, and they take turns; elsewhere it wakes all, and the quickest gets it.
 
    A server that was made before may ask for SIGUSR2, see tcpsrv_upgrade.
    If one that was made before has reload_on_hup, the parent also handles SIGHUP, and children

@@ -455,6 +455,7 @@ typedef struct common {
     int stall_from; /* this one and later ones do not serve */
 } common;
 
+enum { FEW_DESCRIPTORS = 128 };
 static common *together;
 static struct sockaddr_in address;
 static int listener, go[2], own_usr1;
@@ -465,7 +466,9 @@ static int answer(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user)
     int err;
     (void)peer, (void)user;
     while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
-        if ((err = tcpsrv_printf(stream, "%d\n", (int)getpid())) != 0) break;
+        if ((err = tcpsrv_printf(stream, "%d %d\n", (int)getpid(),
+                                 test_open_descriptors(FEW_DESCRIPTORS))) != 0)
+            break;
     return err;
 }
 
@@ -545,6 +548,8 @@ static int dial(void) {
     return fd;
 }
 
+static int descriptors_there; /* where the last answer came from */
+
 /* Whose answer it is. */
 static pid_t ask(int fd) {
     char text[32];
@@ -556,6 +561,7 @@ static pid_t ask(int fd) {
         n += more;
     } while (text[n - 1] != '\n');
     text[n] = 0;
+    descriptors_there = strchr(text, ' ') ? atoi(strchr(text, ' ')) : -1;
     return (pid_t)atoi(text);
 }
 
@@ -791,17 +797,34 @@ static void sigterm_during_a_reload_ends_all(void) {
 static void no_descriptor_is_left_by_forks_and_reloads(void) {
     hello first, later;
     pid_t parent;
-    int i;
+    int i, had, tries;
     set_up();
     parent = reloadable_family(1);
     first = next_hello();
+    CHECK_INT(visit(), first.pid);
+    had = descriptors_there;
     for (i = 0; i < 5; i++) {
         kill(parent, SIGHUP);
         later = next_hello();
         CHECK_INT(later.task_id, 0);
         CHECK_INT(later.descriptors, first.descriptors + 1); /* to say that it serves */
+        for (tries = 0; (visit() != later.pid || descriptors_there != had) && tries < 500; tries++)
+            test_sleep_ms(10); /* the last visit's may still be closing */
+        CHECK_INT(descriptors_there, had);
     }
     end_family(parent);
+}
+
+static void a_worker_ignores_the_sighup_that_a_terminal_sends_to_all(void) {
+    hello worker;
+    pid_t parent;
+    set_up();
+    parent = reloadable_family(1);
+    worker = next_hello();
+    kill(worker.pid, SIGHUP);
+    CHECK_INT(visit(), worker.pid);
+    end_family(parent);
+    CHECK_INT(together->begun, 1);
 }
 
 static void without_the_option_sighup_is_left_alone(void) {
@@ -976,11 +999,23 @@ static int tell_names(tcpsrv_stream *stream, const tcpsrv_address *peer, void *u
     return tcpsrv_printf(stream, "%s %s\n", tcpsrv_systemd_name(0), tcpsrv_systemd_name(1));
 }
 
+/* Says that it is ready when it is told to end. */
+static int be_late(void) {
+    sigset_t end;
+    int signo;
+    sigemptyset(&end);
+    sigaddset(&end, SIGTERM);
+    sigprocmask(SIG_BLOCK, &end, NULL);
+    sigwait(&end, &signo);
+    return tcpsrv_notify("READY=1") == 0 ? 0 : 9;
+}
+
 static int successor(const char *mode) {
     tcpsrv_options options;
     int fds[4], count;
     if (strcmp(mode, "crash") == 0) return 3;
     if (strcmp(mode, "mute") == 0) test_sleep_ms(20000);
+    if (strcmp(mode, "late") == 0) return be_late();
     report[1] = atoi(getenv("REPORT"));
     counted = test_open_descriptors(TEST_FD_SCAN);
     memset(&options, 0, sizeof options);
@@ -1126,10 +1161,10 @@ static void a_program_that_cannot_be_run_is_named_with_the_cause(void) {
     end();
 }
 
-static void a_successor_that_is_not_ready_in_time_is_told_to_end(void) {
+static void is_told_to_end(const char *mode) {
     pid_t pid;
     listen_to_it();
-    pid = upgradable("mute", self, 300);
+    pid = upgradable(mode, self, 300);
     next_hello();
     kill(pid, SIGUSR2);
     wait_until_collected(pid_in(what_it_says("not ready in time and told to end")));
@@ -1138,6 +1173,14 @@ static void a_successor_that_is_not_ready_in_time_is_told_to_end(void) {
     CHECK_INT(exit_status(pid), -SIGKILL);
     CHECK(all_gone());
     end();
+}
+
+static void a_successor_that_is_not_ready_in_time_is_told_to_end(void) {
+    is_told_to_end("mute");
+}
+
+static void a_successor_that_has_been_told_to_end_is_not_believed_any_more(void) {
+    is_told_to_end("late");
 }
 
 static int dial_unix(void) {
@@ -1401,6 +1444,7 @@ int main(int argc, char **argv) {
         TEST(a_reload_that_cannot_fork_leaves_the_old_ones),
         TEST(sigterm_during_a_reload_ends_all),
         TEST(no_descriptor_is_left_by_forks_and_reloads),
+        TEST(a_worker_ignores_the_sighup_that_a_terminal_sends_to_all),
         TEST(without_the_option_sighup_is_left_alone),
         TEST(the_parent_reads_the_counters_of_its_workers),
         TEST(a_worker_reads_the_counters_of_the_others),
@@ -1413,6 +1457,7 @@ int main(int argc, char **argv) {
         TEST(a_successor_that_crashes_leaves_the_old_one_serving),
         TEST(a_program_that_cannot_be_run_is_named_with_the_cause),
         TEST(a_successor_that_is_not_ready_in_time_is_told_to_end),
+        TEST(a_successor_that_has_been_told_to_end_is_not_believed_any_more),
         TEST(a_unix_sockets_file_survives_and_is_the_successors_to_unlink),
         TEST(sockets_are_named_by_port_and_path_in_their_order),
         TEST(a_service_manager_learns_the_new_pid),
