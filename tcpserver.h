@@ -7179,6 +7179,8 @@ static TCPSRV__COLD int tcpsrv__pem_next(tcpsrv__pem *pem) {
             break;
         case BR_PEM_END_OBJ:
             if (pem->no_memory) return tcpsrv__tls_fail("%s: %s", pem->place, strerror(ENOMEM));
+            if (!pem->der_size) return tcpsrv__tls_fail("%s: PEM object %d (%s) is empty",
+                                                        pem->place, pem->number, pem->name);
             return 1;
         case BR_PEM_ERROR: return tcpsrv__pem_bad(pem);
         default: break;
@@ -8266,7 +8268,7 @@ static void tcpsrv__engine_rest(tcpsrv__engine *engine) {
     size_t size = 0;
     if (!engine->records || !engine->started) return;
     if (!engine->error && !engine->ended &&
-        (!br_ssl_engine_recvrec_buf(engine->core, &size) || size != 5 ||
+        (engine->core->ixa || engine->core->ixb || /* how far it is in a record that comes */
          br_ssl_engine_sendrec_buf(engine->core, &size) ||
          br_ssl_engine_recvapp_buf(engine->core, &size)))
         return;
