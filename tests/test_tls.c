@@ -370,6 +370,40 @@ static void handshake_and_data_one_byte_at_a_time_with_records_given_back(void) 
     tcpsrv_tls_free(server);
 }
 
+/* A record of which five bytes are still to come is not one that has not begun. */
+static void records_are_kept_while_a_part_of_one_is_there(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    unsigned char record[256];
+    const unsigned char *out;
+    char got[64];
+    size_t size, cut;
+    unsigned i;
+    duplex pair;
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    for (cut = 1; cut < 40; cut++) {
+        CHECK_INT(tcpsrv__engine_wake(pair.client), 0);
+        CHECK_INT(tcpsrv__engine_write(pair.client, "some plaintext", 14), 14);
+        tcpsrv__engine_flush(pair.client);
+        out = tcpsrv__engine_peek(pair.client, &size);
+        memcpy(record, out, size);
+        tcpsrv__engine_took(pair.client, size);
+        CHECK_INT(tcpsrv__engine_wake(pair.server), 0);
+        CHECK_INT(tcpsrv__engine_feed(pair.server, record, size - cut), size - cut);
+        tcpsrv__engine_rest(pair.server);
+        for (i = 0; i < pool.count; i++) memset(pool.spare[i], 0xee, TCPSRV__RECORDS_SIZE);
+        CHECK_INT(tcpsrv__engine_wake(pair.server), 0);
+        CHECK_INT(tcpsrv__engine_feed(pair.server, record + size - cut, cut), cut);
+        CHECK_INT(pair.server->error, 0);
+        size = tcpsrv__engine_read(pair.server, got, sizeof got);
+        CHECK_MEM(got, size, "some plaintext");
+    }
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
 static void bulk_data_keeps_its_bytes_and_order(void) {
     static char out[300000], in[300000];
     tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
@@ -1823,6 +1857,7 @@ int main(int argc, char **argv) {
         TEST(handshakes_with_every_kind_of_key),
         TEST(handshake_and_data_one_byte_at_a_time_with_records_given_back),
         TEST(a_hello_comes_in_pieces_with_something_behind_it),
+        TEST(records_are_kept_while_a_part_of_one_is_there),
         TEST(bulk_data_keeps_its_bytes_and_order),
         TEST(server_name_chooses_the_certificate),
         TEST(on_sni_decides_and_refuses_with_alert_112),

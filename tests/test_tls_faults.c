@@ -14,7 +14,7 @@
 #include <sys/uio.h>
 
 static uint64_t net_state;
-static int net_shortens;            /* one in so many is whole */
+static int net_shortens;
 static int64_t net_fails_at;        /* the call that fails; 0: none */
 
 static unsigned net_random(unsigned below) {
@@ -22,15 +22,25 @@ static unsigned net_random(unsigned below) {
     return below ? (unsigned)(net_state >> 33) % below : 0;
 }
 
+/* A kernel that has told of the end has no "not now" to say any more. */
+static int net_has_ended(int fd) {
+    struct pollfd entry;
+    entry.fd = fd;
+    entry.events = POLLRDHUP;
+    return poll(&entry, 1, 0) > 0;
+}
+
 /* How much of a call goes through: -1 and errno for none of it. */
-static ssize_t net_allows(size_t size) {
+static ssize_t net_allows(int fd, size_t size) {
     if (net_fails_at > 0 && --net_fails_at == 0) {
         errno = ECONNRESET;
         return -1;
     }
     if (!net_shortens || !size) return (ssize_t)size;
     switch (net_random(6)) {
-    case 0: errno = EAGAIN; return -1;
+    case 0:
+        errno = EAGAIN;
+        return net_has_ended(fd) ? (ssize_t)size : -1;
     case 1: return 1;
     case 2: return (ssize_t)(1 + net_random(size < 40 ? (unsigned)size : 40));
     case 3: return (ssize_t)(1 + net_random((unsigned)size));
@@ -44,18 +54,18 @@ static int net_is_socket(int fd) {
 }
 
 static ssize_t net_read(int fd, void *memory, size_t size) {
-    ssize_t n = net_is_socket(fd) ? net_allows(size) : (ssize_t)size;
+    ssize_t n = net_is_socket(fd) ? net_allows(fd, size) : (ssize_t)size;
     return n < 0 ? n : read(fd, memory, (size_t)n);
 }
 
 static ssize_t net_send(int fd, const void *memory, size_t size, int flags) {
-    ssize_t n = net_allows(size);
+    ssize_t n = net_allows(fd, size);
     return n < 0 ? n : send(fd, memory, (size_t)n, flags);
 }
 
 static ssize_t net_readv(int fd, const struct iovec *pieces, int count) {
     struct iovec piece = pieces[0];
-    ssize_t n = net_allows(piece.iov_len);
+    ssize_t n = net_allows(fd, piece.iov_len);
     if (n < 0) return n;
     if ((size_t)n == piece.iov_len) return readv(fd, pieces, count);
     piece.iov_len = (size_t)n;
@@ -63,7 +73,7 @@ static ssize_t net_readv(int fd, const struct iovec *pieces, int count) {
 }
 
 static ssize_t net_sendmsg(int fd, const struct msghdr *message, int flags) {
-    ssize_t n = net_allows(message->msg_iov[0].iov_len);
+    ssize_t n = net_allows(fd, message->msg_iov[0].iov_len);
     if (n < 0) return n;
     return send(fd, message->msg_iov[0].iov_base, (size_t)n, flags);
 }
