@@ -9857,12 +9857,13 @@ static int tcpsrv__says_ready(const char *words) {
     return 0;
 }
 
-/* A successor speaks to its predecessor until it has said that it is ready, and to the service
-   manager that the predecessor had, if any. */
+/* A successor speaks to its predecessor, until it has said that it is ready or nobody listens there
+   any more, and to the service manager that the predecessor had, if any. */
 TCPSRV_IMPL int tcpsrv_notify(const char *state) {
     const char *manager = tcpsrv__sys_variable("TCPSRV_NOTIFY_SOCKET");
     int err = tcpsrv__tell(tcpsrv__sys_variable("NOTIFY_SOCKET"), state);
     if (!manager) return err;
+    if (err == -ENOENT || err == -ECONNREFUSED) err = 0;
     if (*manager) err = tcpsrv__tell(manager, state);
     if (!tcpsrv__says_ready(state)) return err;
     if (*manager) tcpsrv__sys_set_variable("NOTIFY_SOCKET", manager);
@@ -11717,7 +11718,7 @@ static TCPSRV__COLD const char *tcpsrv__status_text(int status, char *text) {
    would do it, so that any program that knows how to be one's service can be a successor. */
 typedef struct tcpsrv__successor {
     long pid;                       /* 0: none */
-    const char *program;
+    char program[100];
     int *fds, count;                /* the listening sockets, that stay those of this process */
     int words_fd;                   /* its NOTIFY_SOCKET; -1: none */
     char place[sizeof(struct sockaddr_un)]; /* of that, in a directory of its own */
@@ -11776,7 +11777,7 @@ static TCPSRV__COLD void tcpsrv__listener_name(int fd, char *text, size_t size) 
     else if (address.path[0]) snprintf(text, size, "%s", address.path);
     else snprintf(text, size, "%d", (int)address.port);
     for (; *text; text++)
-        if (*text == ':' || *text == '=' || *text < ' ') *text = '_';
+        if (*text == ':' || (unsigned char)*text < ' ') *text = '_';
 }
 
 enum { TCPSRV__NAME_SIZE = 256, TCPSRV__VARIABLES = 6 };
@@ -11862,7 +11863,7 @@ static TCPSRV__COLD int tcpsrv__successor_start(tcpsrv__successor *successor, ch
     if (successor->pid < 0) err = (int)successor->pid;
     tcpsrv__free(launch.fds);
     tcpsrv__free(launch.environment);
-    successor->program = argv[0];
+    snprintf(successor->program, sizeof successor->program, "%.99s", argv[0]);
     successor->due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(tcpsrv__ready_ms);
     return err;
 }
@@ -11898,7 +11899,7 @@ static TCPSRV__COLD void tcpsrv__successor_takes_over(tcpsrv__successor *success
 static TCPSRV__COLD const char *tcpsrv__successor_text(const tcpsrv__successor *successor,
                                                        const char *how, char *line, size_t size) {
     if (successor->error > 0) how = tcpsrv_strerror(-successor->error);
-    snprintf(line, size, "upgrade failed: %.100s, pid %ld: %s: this process goes on",
+    snprintf(line, size, "upgrade failed: %s, pid %ld: %s: this process goes on",
              successor->program, successor->pid, how);
     return line;
 }

@@ -1276,6 +1276,14 @@ static void a_service_manager_learns_the_new_pid(void) {
     end();
 }
 
+static void a_worker_restarted_later_may_say_again_that_it_is_ready(void) {
+    CHECK_INT(setenv("NOTIFY_SOCKET", "/no/such/predecessor", 1), 0);
+    CHECK_INT(tcpsrv_notify("READY=1"), -ENOENT);
+    CHECK_INT(setenv("TCPSRV_NOTIFY_SOCKET", "", 1), 0);
+    CHECK_INT(tcpsrv_notify("READY=1"), 0);
+    CHECK(!getenv("NOTIFY_SOCKET") && !getenv("TCPSRV_NOTIFY_SOCKET"));
+}
+
 static void an_upgrade_that_makes_no_sense_is_refused(void) {
     static char true_name[] = "true";
     char *argv[2] = { true_name, NULL }, *none[1] = { NULL };
@@ -1461,6 +1469,7 @@ int main(int argc, char **argv) {
         TEST(a_unix_sockets_file_survives_and_is_the_successors_to_unlink),
         TEST(sockets_are_named_by_port_and_path_in_their_order),
         TEST(a_service_manager_learns_the_new_pid),
+        TEST(a_worker_restarted_later_may_say_again_that_it_is_ready),
         TEST(an_upgrade_that_makes_no_sense_is_refused),
         TEST(a_worker_is_refused_an_upgrade),
         TEST(an_upgrade_without_memory_or_loop_leaves_nothing),
