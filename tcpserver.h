@@ -405,6 +405,8 @@ TCPSRV_API int tcpsrv_writing(const tcpsrv_stream *stream); /* 1: output is queu
 TCPSRV_API int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms);
 TCPSRV_API int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on); /* TCP_NODELAY, tcp(7) */
 
+/* While a stream connects, peer is the address tried last, or none yet (family 0), and local and
+   set_nodelay give -ENOTCONN; a stream that is closed gives TCPSRV_ECLOSED. */
 TCPSRV_API int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address);
 TCPSRV_API int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address);
 TCPSRV_API int tcpsrv_fd(const tcpsrv_stream *stream); /* its own; -1: connecting, or closed */
