@@ -4976,8 +4976,13 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     else tcpsrv__free(stream);
 }
 
+/* What a handler looks at stays until it returns, whoever has ended its stream. */
+static TCPSRV__COLD void tcpsrv__input_drop(tcpsrv_stream *stream) {
+    if (!stream->viewed || !stream->in_stack) tcpsrv__input_free(stream);
+}
+
 static void tcpsrv__stream_end(tcpsrv_stream *stream) {
-    tcpsrv__input_free(stream);
+    tcpsrv__input_drop(stream);
     tcpsrv__source_end(&stream->source);
 }
 
@@ -5938,7 +5943,7 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
-    tcpsrv__input_free(stream);
+    tcpsrv__input_drop(stream);
     if (stream->dead) return;
     if (stream->out.last || stream->owes) tcpsrv__output_step(stream);
     if (stream->dead) return;
@@ -6358,6 +6363,7 @@ TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64
     stream->stepping = 0;
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
+    if (!extra->read_ns) extra->read_due = 0;
     if (!extra->write_ns) extra->write_due = 0;
     if (stream->out.last && tcpsrv__write_deadline(stream) != 0)
         return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
@@ -6513,6 +6519,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
     if (stream->readable || stream->eof || stream->winding) goto anyhow;
     if (in && in->pool != TCPSRV__POOL_HOME) tcpsrv__block_give(loop, in);
     stream->in = NULL;
+    if (stream->charged) tcpsrv__recharge(stream);
     stream->viewed = 0;
     stream->burst = 0;
     stream->want_kind = TCPSRV__WANT_CHAR;
@@ -10777,6 +10784,8 @@ static TCPSRV__COLD void tcpsrv__handler_end(tcpsrv__co *co) {
     tcpsrv__log_result(server, co->result, stream);
     server->handlers--;
     tcpsrv_close(stream);
+    stream->viewed = 0;
+    if (stream->source.is_gone) tcpsrv__input_free(stream);
     tcpsrv__server_settle(server);
 }
 

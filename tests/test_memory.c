@@ -473,6 +473,38 @@ static void a_message_that_was_there_before_its_read_counts(void) {
     after_others(1);
 }
 
+/* A line with the size of what follows it. */
+static int measure_framed(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes bytes;
+    int err;
+    (void)peer, (void)user;
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &bytes)) == 0) {
+        err = tcpsrv_read_bytes(stream, (size_t)atoi(bytes.data), &bytes);
+        if (!err) err = tcpsrv_write(stream, bytes.size == 4000 ? "4000\n" : "0\n", 5);
+        if (err) break;
+    }
+    return err;
+}
+
+static void nothing_is_counted_while_a_stream_waits_for_its_next_message(void) {
+    static char bytes[4005];
+    tcpsrv_options options = options_for(1);
+    int fd, i;
+    options.handle_stream = measure_framed;
+    begin(&options);
+    memset(bytes, 'b', sizeof bytes);
+    memcpy(bytes, "4000\n", 5);
+    fd = client();
+    for (i = 0; i < 6; i++) {
+        CHECK_INT(send(fd, bytes, sizeof bytes, MSG_NOSIGNAL), (int)sizeof bytes);
+        CHECK_INT(awaited(fd), 4000);
+        turns(2);
+        CHECK_INT(stats().buffer_memory, 0);
+    }
+    close_all(&fd, 1);
+    end();
+}
+
 static void without_the_limit_memory_is_counted_all_the_same(void) {
     tcpsrv_options options = options_for(1);
     int fd;
@@ -520,6 +552,7 @@ int main(int argc, char **argv) {
         TEST(what_came_in_one_piece_counts_while_it_is_kept),
         TEST(a_message_served_straight_counts_while_it_is_looked_at),
         TEST(a_message_that_was_there_before_its_read_counts),
+        TEST(nothing_is_counted_while_a_stream_waits_for_its_next_message),
         TEST(without_the_limit_memory_is_counted_all_the_same),
         TEST(a_server_at_its_limit_may_end_in_any_way),
     };

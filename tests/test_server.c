@@ -500,6 +500,106 @@ static int sleepy(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user)
     return 0;
 }
 
+static void changed_timeouts_body(void) {
+    int fd = client(tcpsrv_port(server, 0)), i;
+    ask(fd, "0\n");
+    expect(fd, "0\n");
+    for (i = 0; i < 30; i++) {
+        ask(fd, "next\n");
+        expect(fd, "next\n");
+        turns(1);
+        test_sleep_ms(5);
+    }
+    CHECK_INT(ended, 0);
+    close(fd);
+    turns(4);
+}
+
+static tcpsrv_stream *timed;
+
+static void time_no_more(void *arg) {
+    (void)arg;
+    CHECK_INT(tcpsrv_set_timeout(timed, 0, 0), 0);
+}
+
+static int echo_timed(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    timed = stream;
+    CHECK_INT(tcpsrv_set_timeout(stream, 60, 0), 0);
+    CHECK(tcpsrv_call_later(loop, 1, time_no_more, NULL) > 0);
+    if (tcpsrv_self()) return echo(stream, peer, user);
+    return echo_callbacks(stream, peer, user);
+}
+
+static void a_deadline_that_was_taken_back_ends_no_later_read(void) {
+    tcpsrv_options options = options_for(1);
+    options.handle_stream = echo_timed;
+    begin(&options);
+    changed_timeouts_body();
+    end();
+    options = options_for(0);
+    options.on_stream = echo_timed;
+    begin(&options);
+    changed_timeouts_body();
+    end();
+}
+
+enum { KEPT = 3000 };
+static int kept_fd;
+
+/* Looks at what it has read after the server has ended its stream, and others use the memory. */
+static int keep(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err = tcpsrv_read_until(stream, "\n", 0, &line);
+    (void)peer, (void)user;
+    handled++;
+    if (err || line.size != KEPT) return err;
+    while (handled < 3) CHECK_INT(tcpsrv_sleep(1), 0);
+    CHECK_INT(tcpsrv_sleep(20), 0);
+    CHECK(line.data[0] == 'k' && memcmp(line.data, line.data + 1, KEPT - 2) == 0);
+    ended++;
+    return 0;
+}
+
+static int overwrite(void *arg) {
+    static char other[KEPT];
+    int fds[2], i;
+    (void)arg;
+    memset(other, 'o', sizeof other);
+    for (i = 0; i < 8; i++) {
+        tcpsrv_stream *stream;
+        tcpsrv_bytes bytes;
+        CHECK_INT(test_pair(fds), 0);
+        stream = tcpsrv_stream_from_fd(loop, fds[1]);
+        CHECK_INT(send(fds[0], other, sizeof other, MSG_NOSIGNAL), KEPT);
+        CHECK_INT(tcpsrv_read_bytes(stream, KEPT, &bytes), 0);
+        close(fds[0]);
+        CHECK_INT(tcpsrv_sleep(1), 0);
+        tcpsrv_close(stream);
+    }
+    handled = 3;
+    return 0;
+}
+
+static void a_view_outlives_a_stream_that_the_server_ends(void) {
+    static char line[KEPT];
+    tcpsrv_options options = options_for(1);
+    options.handle_stream = keep;
+    options.on_drained = on_drained;
+    begin(&options);
+    memset(line, 'k', sizeof line);
+    line[KEPT - 1] = '\n';
+    kept_fd = client(tcpsrv_port(server, 0));
+    CHECK_INT(send(kept_fd, line, sizeof line, MSG_NOSIGNAL), KEPT);
+    while (!handled) turns(1);
+    tcpsrv_drain(server, 1);
+    turns(10);
+    CHECK_INT(tcpsrv_join(tcpsrv_spawn(loop, overwrite, NULL, 0)), 0);
+    while (!ended) turns(1);
+    turns(3);
+    close(kept_fd);
+    end();
+}
+
 static void a_drain_that_is_over_does_not_wait_for_a_handler_that_sleeps(void) {
     tcpsrv_options options = options_for(1);
     int fd;
@@ -642,6 +742,8 @@ int main(int argc, char **argv) {
         TEST(a_drain_answers_what_is_in_the_kernel_already),
         TEST(the_last_server_to_drain_stops_the_loop),
         TEST(a_drain_that_is_over_does_not_wait_for_a_handler_that_sleeps),
+        TEST(a_deadline_that_was_taken_back_ends_no_later_read),
+        TEST(a_view_outlives_a_stream_that_the_server_ends),
         TEST(each_live_stream_can_be_reached_and_closed),
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
         TEST(a_busy_pipeline_does_not_starve_others),
