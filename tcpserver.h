@@ -6429,7 +6429,7 @@ static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes byte
 
 static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
     tcpsrv__read_wait *wait = TCPSRV__CONTAINER(tcpsrv__read_wait, waiter, waiter);
-    tcpsrv__read_put_back(wait->stream);
+    tcpsrv__read_ended(wait->stream, TCPSRV_ECANCELED);
     wait->stream->read_fn = NULL;
     wait->place = tcpsrv__place_of(wait->stream);
     tcpsrv__cancel_plain(waiter);
@@ -6462,7 +6462,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_w
         if (stream->burst == TCPSRV__BURST) {
             tcpsrv__make_ready(&stream->source);
         } else if (stream->burst++, tcpsrv__read_try(stream, &err, &wait.bytes)) {
-            if (err || stream->extra) tcpsrv__read_ended(stream, err);
+            if (err || stream->extra || stream->cancelled) tcpsrv__read_ended(stream, err);
             stream->read_fn = NULL;
             if (err) return tcpsrv__await_refused(err, stream, bytes);
             if (stream->in) tcpsrv__recharge(stream);

@@ -307,6 +307,42 @@ static void a_cancelled_read_leaves_its_bytes_for_the_next(void) {
     end();
 }
 
+static int cancel_and_stop(void *arg) {
+    (void)arg;
+    tcpsrv_cancel_read(stream);
+    tcpsrv_loop_stop(loop);
+    return 0;
+}
+
+static void a_cancel_that_a_stop_overtakes_ends_no_later_read(void) {
+    begin();
+    CHECK_INT(tcpsrv_yield(), 0);
+    CHECK(tcpsrv_spawn(loop, cancel_and_stop, NULL, 0) > 0);
+    expect_code(tcpsrv_until("\n", 0), TCPSRV_ECANCELED);
+    say_later(20, "line\n");
+    expect_read(tcpsrv_until("\n", 0), "line\n");
+    tcpsrv_close(stream);
+    end();
+}
+
+static int64_t cancel_midway(const char *data, size_t size, void *arg) {
+    (void)data, (void)arg;
+    tcpsrv_cancel_read(stream);
+    return (int64_t)size;
+}
+
+static void cancel_midway_body(void) {
+    say("one");
+    expect_read(tcpsrv_some(1), "o");
+    expect_read(tcpsrv_frame(cancel_midway, NULL, 0), "ne");
+    say_later(20, "line\n");
+    expect_read(tcpsrv_until("\n", 0), "line\n");
+}
+
+static void a_cancel_by_the_framing_ends_its_own_read_at_most(void) {
+    both(cancel_midway_body);
+}
+
 static void trickle_body(void) {
     int i;
     CHECK_INT(tcpsrv_set_timeout(stream, 60, 0), 0);
@@ -949,6 +985,8 @@ int main(int argc, char **argv) {
         TEST(a_callback_read_ends_once_and_never_inside_the_call),
         TEST(a_second_read_is_refused_and_the_first_is_untouched),
         TEST(a_cancelled_read_leaves_its_bytes_for_the_next),
+        TEST(a_cancel_that_a_stop_overtakes_ends_no_later_read),
+        TEST(a_cancel_by_the_framing_ends_its_own_read_at_most),
         TEST(a_read_timeout_covers_the_whole_message_and_the_stream_survives_it),
         TEST(a_mark_before_a_file_does_not_hold_it_up),
         TEST(what_the_peer_sends_does_not_keep_a_stalled_write_alive),
