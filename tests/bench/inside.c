@@ -5,6 +5,7 @@
  * inside lines PIECE LIMIT   reading lines of 64 to LIMIT bytes that arrive in pieces of PIECE
  */
 #define _GNU_SOURCE 1
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,10 +17,13 @@
 
 /* ---- a kernel that costs nothing ------------------------------------------------------------- */
 
+enum { EMPTY_WAITS = 1000000 };
+
 /* While it is on, each wait for events brings a piece of a line to the descriptor added last. */
 static struct {
     int on, fd;
     size_t left, piece, ready; /* of the line, at most at a time, now */
+    long empty;
     epoll_data_t data;
 } fed;
 
@@ -33,8 +37,11 @@ static int fed_epoll_ctl(int poller, int operation, int fd, struct epoll_event *
 
 static int fed_epoll_wait(int poller, struct epoll_event *events, int count, int timeout_ms) {
     if (!fed.on) return epoll_wait(poller, events, count, timeout_ms);
-    fed.ready = fed.left < fed.piece ? fed.left : fed.piece;
-    fed.left -= fed.ready;
+    if (!fed.ready) {
+        fed.ready = fed.left < fed.piece ? fed.left : fed.piece;
+        fed.left -= fed.ready;
+    }
+    if (!fed.ready && fed.empty++ == EMPTY_WAITS) abort(); /* all was read, and no line came of it */
     events[0].events = EPOLLIN;
     events[0].data = fed.data;
     return fed.ready != 0;
@@ -50,7 +57,8 @@ static ssize_t fed_readv(int fd, const struct iovec *pieces, int count) {
         fed.ready -= n;
         if (!fed.ready && !fed.left) ((char *)pieces[i].iov_base)[n - 1] = '\n';
     }
-    return (ssize_t)total;
+    errno = EAGAIN;
+    return total ? (ssize_t)total : -1;
 }
 
 static ssize_t fed_read(int fd, void *memory, size_t size) {

@@ -32,6 +32,22 @@ TITLES = {
     "set-16-deep": "redis-benchmark: SET, 16 at a time",
     "get-16-deep": "redis-benchmark: GET, 16 at a time",
 }
+SHORT = {
+    "1-connection": "64-byte lines, 1 connection",
+    "50-connections": "50 connections",
+    "1000-connections": "1,000 connections",
+    "10000-connections": "10,000 connections",
+    "16-deep": "16 lines at a time",
+    "64-deep": "64 lines at a time",
+    "16-KB-lines": "16 KB lines",
+    "bulk": "256 KB in flight on each",
+    "peer-closes": "connect, echo, client closes",
+    "server-closes": "connect, echo, server closes",
+    "write": "64 MiB by write",
+    "sendfile": "64 MiB by sendfile",
+    "15000-idle": "50 beside 15,000 idle",
+    "two-cores": "two processes",
+}
 NAMES = {"raw_epoll": "raw epoll", "ours_callbacks": "tcpserver.h, callbacks",
          "ours_coroutines": "tcpserver.h, coroutines", "redis.c": "examples/redis.c",
          "go": "Go", "node": "Node", "tornado": "Tornado"}
@@ -247,3 +263,207 @@ def tables(rows):
 
 def print_report(rows):
     print("\n".join(tables(rows)))
+
+
+# ---- files that are kept -------------------------------------------------------------------------
+
+def write_tsv(name, head, lines):
+    with open(os.path.join(RESULTS, name), "w") as file:
+        for words in [head] + list(lines):
+            file.write("\t".join(f"{word:.6g}" if isinstance(word, float) else str(word)
+                                 for word in words) + "\n")
+
+
+def read_tsv(name):
+    with open(os.path.join(RESULTS, name)) as file:
+        lines = [line.rstrip("\n").split("\t") for line in file]
+    return [dict(zip(lines[0], words)) for words in lines[1:]]
+
+
+def comparison_lines(rows):
+    for work in in_order(row["work"] for row in rows):
+        loads = Loads(rows, work)
+        for server in loads.servers:
+            rates = loads.values(server, "rate")
+            rate, cpu = loads.ratio(server, "rate"), loads.ratio(server, "cpu_us")
+            nothing = ("", "", "")
+            yield (work, server, len(rates), statistics.median(rates.values()),
+                   loads.median(server, "cpu_us"), *(rate or nothing), *(cpu or nothing),
+                   *(loads.median(server, name) or "" for name in ("p50_us", "p99_us", "p999_us")))
+
+
+def write_files(rows):
+    os.makedirs(RESULTS, exist_ok=True)
+    write_tsv("comparison.tsv",
+              ["work", "server", "rounds", "rate", "cpu_us", "rate_ratio", "rate_low", "rate_high",
+               "cpu_ratio", "cpu_low", "cpu_high", "p50_us", "p99_us", "p999_us"],
+              comparison_lines(of_kind(rows, "load")))
+    write_tsv("connections.tsv", ["connections", "server", "mode", "cpu_us", "instructions"],
+              ((*key, statistics.median(cell["cpu_us"]), cell["instructions"])
+               for key, cell in growth_cells(of_kind(rows, "growth")).items()))
+    write_tsv("lines.tsv", ["piece", "size", "us"],
+              ((row["piece"], row["size"], row["us"]) for row in of_kind(rows, "inside")
+               if row["figure"] == "line"))
+    write_tsv("method.tsv", ["method"], [[line] for line in method(rows)])
+    with open(os.path.join(HERE, "method.md")) as file:
+        text = file.read()
+    with open(os.path.join(RESULTS, "README.md"), "w") as file:
+        file.write(text + "\n" + "\n".join(tables(rows)) + "\n")
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+COLOURS = {"raw_epoll": "#777777", "ours_callbacks": "#0050c8", "ours_coroutines": "#00a0e0",
+           "libuv": "#e08000", "libevent": "#b04a9c", "libev": "#b89000", "go": "#2a9a5c",
+           "node": "#d04040", "tornado": "#806050"}
+START = """set terminal svg size {width},{height} font 'sans-serif,13' background '#ffffff' dynamic
+set output '{output}'
+set tics nomirror
+set border 3 lc rgb '#444444'
+set key textcolor rgb '#222222'
+"""
+
+
+class Blocks:
+    """Data for gnuplot, inline."""
+
+    def __init__(self):
+        self.text = ""
+        self.count = 0
+
+    def add(self, points):
+        self.count += 1
+        lines = "\n".join(" ".join(map(str, point)) for point in points)
+        self.text += f"$data{self.count} << EOD\n{lines}\nEOD\n"
+        return f"$data{self.count}"
+
+
+def draw(output, width, height, blocks, commands):
+    script = START.format(width=width, height=height, output=os.path.join(RESULTS, output))
+    subprocess.run(["gnuplot"], input=script + blocks.text + commands, text=True, check=True)
+    print(f"drawn: {os.path.relpath(os.path.join(RESULTS, output))}")
+
+
+def panel(rows, works, servers, columns, blocks):
+    """Points with intervals, a line of them for each work, a step lower for each server."""
+    parts = []
+    middle, low, high = columns
+    for place, server in enumerate(servers):
+        points = []
+        for row in rows:
+            if row["server"] != server or not row[middle]:
+                continue
+            y = len(works) - works.index(row["work"]) + 0.36 - 0.72 * place / (len(servers) - 1)
+            values = sorted(float(row[name]) for name in (low, middle, high))
+            if middle.startswith("cpu"):
+                values = [1 / value for value in reversed(values)]
+            points.append((values[1], f"{y:.3f}", values[0], values[2]))
+        size = 0.85 if server.startswith("ours") else 0.6
+        parts.append(f"{blocks.add(points)} using 1:2:3:4 with xerrorbars pt 7 ps {size} lw 1.6 "
+                     f"lc rgb '{COLOURS[server]}' title '{name_of(server)}'")
+    return "plot " + ", ".join(parts) + "\n"
+
+
+def draw_comparison():
+    rows = [row for row in read_tsv("comparison.tsv") if row["server"] in COLOURS]
+    works = in_order(row["work"] for row in rows)
+    servers = [server for server in ORDER if server != "raw_epoll" and server in COLOURS and
+               any(row["server"] == server for row in rows)]
+    blocks = Blocks()
+    titles = ", ".join(f"'{SHORT.get(work, work)}' {len(works) - place}"
+                       for place, work in enumerate(works))
+    height = 130 + 50 * len(works)
+    first = panel(rows, works, servers, ("rate_ratio", "rate_low", "rate_high"), blocks)
+    second = panel(rows, works, servers, ("cpu_ratio", "cpu_low", "cpu_high"), blocks)
+    lines = "".join(f"set arrow from graph 0, first {place + 0.5} to graph 1, first {place + 0.5} "
+                    "nohead lc rgb '#e4e4e4'\n" for place in range(len(works) + 1))
+    draw("comparison.svg", 1000, height, blocks, f"""
+set multiplot
+set yrange [0.5:{len(works) + 0.5}]
+set xrange [0:1.4]
+set xtics 0.2
+set grid xtics lc rgb '#e4e4e4' lt 1
+set arrow from 1, graph 0 to 1, graph 1 nohead lc rgb '#777777' lw 1.5
+{lines}
+set tmargin at screen {1 - 88 / height:.4f}
+set bmargin at screen {34 / height:.4f}
+set ytics ({titles}) scale 0
+set lmargin at screen 0.22
+set rmargin at screen 0.595
+set title 'requests a second, to raw epoll' offset 0,-0.5
+set key horizontal at screen 0.5, screen {1 - 6 / height:.4f} center top maxcols 4 samplen 2
+{first}
+set format y ''
+set ytics ('' 0) scale 0
+set lmargin at screen 0.61
+set rmargin at screen 0.985
+set title 'requests for each CPU second, to raw epoll'
+unset key
+{second}
+unset multiplot
+""")
+
+
+def connections_plot(rows, column, blocks):
+    parts = []
+    for server, mode in in_order((row["server"], row["mode"]) for row in rows):
+        points = [(row["connections"], row[column]) for row in rows
+                  if (row["server"], row["mode"]) == (server, mode)]
+        title = name_of(server).replace("tcpserver.h, ", "")
+        title += ", idle timeout" if mode == "timed" else ""
+        look = "dt 2 pt 6" if mode == "timed" else "pt 7"
+        parts.append(f"{blocks.add(points)} using 1:2 with linespoints {look} lw 2 ps 0.6 "
+                     f"lc rgb '{COLOURS[server]}' title '{title}'")
+    return "plot " + ", ".join(parts) + "\n"
+
+
+def lines_plot(rows, blocks):
+    parts = []
+    colours = ["#d04040", "#e08000", "#00a0e0", "#0050c8"]
+    for place, piece in enumerate(in_order(row["piece"] for row in rows)):
+        points = [(row["size"], float(row["us"])) for row in rows if row["piece"] == piece]
+        word = "byte" if piece == "1" else "bytes"
+        parts.append(f"{blocks.add(points)} using 1:2 with linespoints pt 7 lw 2 ps 0.5 "
+                     f"lc rgb '{colours[place % 4]}' title 'in pieces of {int(piece):,} {word}'")
+    return "plot " + ", ".join(parts) + "\n"
+
+
+def draw_growth():
+    rows, blocks = read_tsv("connections.tsv"), Blocks()
+    cpu = connections_plot(rows, "cpu_us", blocks)
+    instructions = connections_plot(rows, "instructions", blocks)
+    lines = lines_plot(read_tsv("lines.tsv"), blocks)
+    draw("growth.svg", 1000, 380, blocks, f"""
+set multiplot layout 1,3 margins 0.05,0.985,0.14,0.88 spacing 0.06
+set grid lc rgb '#e4e4e4' lt 1
+set logscale x
+set xrange [7:22000]
+set yrange [0:*]
+set xtics ('10' 10, '100' 100, '1,000' 1000, '10,000' 10000)
+set xlabel 'connections'
+set title 'CPU µs a request'
+set key bottom right font ',11'
+{cpu}
+set title 'instructions a request in user space'
+set yrange [0:*]
+{instructions}
+set title 'µs for a line that arrives in pieces'
+set xrange [40:100000000]
+set yrange [0.1:*]
+set logscale y
+set format y '10^{{%T}}'
+set xtics ('64 B' 64, '4 KB' 4096, '256 KB' 262144, '16 MB' 16777216)
+set xlabel 'length of the line'
+set key top left
+{lines}
+unset multiplot
+""")
+
+
+def plot(results):
+    if os.path.exists(results):
+        write_files(read(results))
+    if not shutil.which("gnuplot"):
+        sys.exit("no gnuplot here")
+    draw_comparison()
+    draw_growth()
