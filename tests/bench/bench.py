@@ -160,7 +160,9 @@ def start(server, mode, tool=(), prepare=None):
     elif mode == "fork" and server == "go":
         words = ["env", "GOMAXPROCS=2", words[-1], str(port), "line"]
     else:
-        words = words + [str(port), mode, os.path.join(BUILD, "file")]
+        words = words + [str(port), mode]
+    if mode in ("file", "write"):
+        words.append(os.path.join(BUILD, "file"))
 
     def before():
         allow_descriptors()
@@ -196,6 +198,14 @@ def chosen_servers():
         if not installed(name):
             print(f"no {name} here", flush=True)
     return [name for name in names if installed(name)]
+
+
+def first_line(*words):
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.stdout.split("\n")[0]
+    except OSError:
+        return ""
 
 
 # ---- exact counts --------------------------------------------------------------------------------
@@ -283,8 +293,9 @@ ALLOWED = 1.03
 
 
 def compiler():
-    words = [os.environ.get("CC") or "cc", "--version"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.split("\n")[0]
+    """Its version; gcc says by which name it was called, which may be cc."""
+    line = first_line(*(os.environ.get("CC") or "cc").split(), "--version")
+    return re.sub(r"^\S+ \(", "gcc (", line)
 
 
 def record():
@@ -475,14 +486,6 @@ def measure_inside():
         for line in done.stdout.splitlines():
             keep(dict(kind="inside", **json.loads(line)))
     print("lines and switches: done", flush=True)
-
-
-def first_line(*words):
-    try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return done.stdout.split("\n")[0]
-    except OSError:
-        return ""
 
 
 def versions():

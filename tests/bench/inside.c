@@ -41,7 +41,7 @@ static int fed_epoll_wait(int poller, struct epoll_event *events, int count, int
         fed.ready = fed.left < fed.piece ? fed.left : fed.piece;
         fed.left -= fed.ready;
     }
-    if (!fed.ready && fed.empty++ == EMPTY_WAITS) abort(); /* all was read, and no line came of it */
+    if (!fed.ready && fed.empty++ == EMPTY_WAITS) abort(); /* all was read: where is the line? */
     events[0].events = EPOLLIN;
     events[0].data = fed.data;
     return fed.ready != 0;
