@@ -329,7 +329,8 @@ TCPSRV_API tcpsrv_want tcpsrv_ready(void);
 /* Reads with a callback: fn(stream, err, bytes, arg) exactly once, never before this returns. One
    read at a time: TCPSRV_EBUSY, and the first is untouched. err is 0; TCPSRV_EOF, ETOOBIG,
    ETIMEDOUT, ECANCELED, EREFUSED, EBUFFULL (at memory_limit): the bytes stay for the next read;
-   TCPSRV_ECLOSED; -ENOMEM; or why the stream died. Above write_high_water of queued output it waits for the peer. */
+   TCPSRV_ECLOSED; -ENOMEM; or why the stream died. Above write_high_water of queued output it
+   waits for the peer. */
 typedef void tcpsrv_read_fn(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
 TCPSRV_API int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_fn *fn, void *arg);
 
@@ -970,6 +971,8 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__UNUSED
 #define TCPSRV__COLD
 #endif
+
+#define TCPSRV__APART TCPSRV__NOINLINE TCPSRV__COLD /* what hot functions seldom call */
 
 /* Before public functions: those of every message, and the others. */
 #if defined(TCPSERVER_STATIC)
@@ -4756,7 +4759,8 @@ static TCPSRV__COLD long tcpsrv__plain_receive(tcpsrv_stream *stream, const stru
     return tcpsrv__sys_readv(stream->source.fd, pieces, count);
 }
 
-static long tcpsrv__plain_transmit(tcpsrv_stream *stream, const struct iovec *pieces, int count) {
+static TCPSRV__COLD long tcpsrv__plain_transmit(tcpsrv_stream *stream, const struct iovec *pieces,
+                                                int count) {
     return tcpsrv__sys_send(stream->source.fd, pieces, count);
 }
 
@@ -4855,7 +4859,7 @@ static TCPSRV__COLD int tcpsrv__handshake_deadline(tcpsrv_stream *stream) {
    the loop's outbox, and leaves from there when the event is done, without ever being queued.
    Whatever else has to do with a stream's output uncorks it first. */
 
-static TCPSRV__NOINLINE void tcpsrv__uncork_now(tcpsrv_loop *loop) {
+static TCPSRV__APART void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     tcpsrv_stream *stream = loop->corked;
     tcpsrv__block *box = loop->outbox;
     loop->corked = NULL;
@@ -4878,7 +4882,7 @@ TCPSRV__INLINE void tcpsrv__outbox_clear(tcpsrv_loop *loop, const tcpsrv__block 
 }
 
 /* Both boxes there, and the outbox empty; else 0. */
-static TCPSRV__NOINLINE int tcpsrv__boxes_make(tcpsrv_loop *loop) {
+static TCPSRV__APART int tcpsrv__boxes_make(tcpsrv_loop *loop) {
     if (!loop->inbox) {
         loop->inbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
         if (loop->inbox) loop->inbox->pool = TCPSRV__POOL_INBOX;
@@ -5270,7 +5274,7 @@ static TCPSRV__COLD int tcpsrv__read_has_come(tcpsrv_stream *stream) {
 }
 
 /* Into a block of its size; the loop's inbox is given away where it is well filled. */
-static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
+static TCPSRV__APART void tcpsrv__input_fit(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *fit = NULL;
     int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
@@ -5326,7 +5330,7 @@ static TCPSRV__COLD void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
     else tcpsrv__input_trim(stream);
 }
 
-static TCPSRV__NOINLINE int tcpsrv__read_match_other(tcpsrv_stream *stream, int *err,
+static TCPSRV__APART int tcpsrv__read_match_other(tcpsrv_stream *stream, int *err,
                                                      tcpsrv_bytes *bytes) {
     int64_t n;
     int empty = 0;
@@ -5364,7 +5368,7 @@ TCPSRV__INLINE int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_by
 }
 
 /* The buffer has no answer, and the stream not a byte more for now. */
-static TCPSRV__NOINLINE int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) {
+static TCPSRV__APART int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) {
     *err = tcpsrv__read_end(stream);
     if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
     if (*err) return 1;
@@ -5377,7 +5381,7 @@ static TCPSRV__NOINLINE int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) 
 
 /* Tries to end the waiting read: with the buffer, and with what one receive a turn brings. 1: with
    *err and *bytes; 0: it waits. */
-static TCPSRV__NOINLINE int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
+static TCPSRV__APART int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsrv_bytes *bytes) {
     for (;;) {
         if ((stream->in || stream->want_kind > TCPSRV__WANT_SOME) &&
             tcpsrv__read_match(stream, err, bytes)) {
@@ -5500,7 +5504,7 @@ TCPSRV__INLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
            (stream->want_kind > TCPSRV__WANT_SOME && stream->want.size == 0);
 }
 
-static TCPSRV__NOINLINE int tcpsrv__read_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
+static TCPSRV__APART int tcpsrv__read_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
                                                 tcpsrv_read_fn *fn, void *arg) {
     int err = tcpsrv__read_begin(stream, &want, fn, arg);
     if (err) return tcpsrv__fail_at(err, "read", stream);
@@ -5648,7 +5652,7 @@ static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
 }
 
 /* What a send of so many bytes gave. */
-static TCPSRV__NOINLINE void tcpsrv__output_result(tcpsrv_stream *stream, long n, size_t asked) {
+static TCPSRV__APART void tcpsrv__output_result(tcpsrv_stream *stream, long n, size_t asked) {
     if (n > 0) tcpsrv__output_sent(stream, (size_t)n);
     if (n == -EAGAIN || n == -EWOULDBLOCK || (n >= 0 && (size_t)n < asked))
         tcpsrv__write_dry(stream);
@@ -5657,7 +5661,7 @@ static TCPSRV__NOINLINE void tcpsrv__output_result(tcpsrv_stream *stream, long n
 }
 
 /* One send of what is queued; the rest goes in later turns, so that a large write yields. */
-static TCPSRV__NOINLINE void tcpsrv__output_step(tcpsrv_stream *stream) {
+static TCPSRV__APART void tcpsrv__output_step(tcpsrv_stream *stream) {
     struct iovec pieces[TCPSRV__SEND_PIECES];
     tcpsrv__block *first = tcpsrv__queue_first(&stream->out);
     size_t asked;
@@ -5782,7 +5786,7 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
 }
 
 /* The form that never waits. */
-static int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t size) {
+static TCPSRV__COLD int tcpsrv__write_now(tcpsrv_stream *stream, const void *data, size_t size) {
     size_t queued = stream->out.size + size;
     int err = tcpsrv__may_write(stream);
     if (err || !size) return err;
@@ -6006,7 +6010,7 @@ static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
     if (err) tcpsrv__die(stream, err);
 }
 
-static TCPSRV__NOINLINE void tcpsrv__stream_told(tcpsrv_stream *stream, int events) {
+static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events) {
     if (stream->dead) return;
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
@@ -6040,7 +6044,7 @@ TCPSRV__INLINE void tcpsrv__uncork_send(tcpsrv_loop *loop, tcpsrv_stream *stream
 }
 
 /* What is not a message's usual way: the block has bytes from at on. */
-static TCPSRV__NOINLINE void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__block *block,
+static TCPSRV__APART void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__block *block,
                                                     const char *at, size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     block->begin = (size_t)(at - block->data);
@@ -6051,7 +6055,7 @@ static TCPSRV__NOINLINE void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsr
 }
 
 /* Nothing came, or as much as there was room for. */
-static TCPSRV__NOINLINE void tcpsrv__serve_received(tcpsrv_stream *stream, tcpsrv__block *block,
+static TCPSRV__APART void tcpsrv__serve_received(tcpsrv_stream *stream, tcpsrv__block *block,
                                                     long n) {
     if (n <= 0) {
         tcpsrv__receive_none(stream, n);
@@ -6450,7 +6454,7 @@ static TCPSRV__COLD int tcpsrv__await_refused(int err, const tcpsrv_stream *stre
 
 /* A read that the buffer or one receive can answer returns without a switch; after a burst of them
    it goes by way of the loop, so that a busy pipeline yields. */
-static TCPSRV__NOINLINE int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
+static TCPSRV__APART int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
                                                  tcpsrv_bytes *bytes) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__read_wait wait;
