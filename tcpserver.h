@@ -9941,6 +9941,7 @@ static TCPSRV__COLD tcpsrv_stream *tcpsrv__lone_start(tcpsrv__lone *lone, tcpsrv
         err = tcpsrv__stream_init(&lone->base.stream, loop, &lone->owner, fd, directions);
     }
     if (!err) return &lone->base.stream;
+    if (lone) tcpsrv__free(lone->base.stream.extra);
     tcpsrv__free(lone);
     tcpsrv__fail(err, "stream", NULL);
     return NULL;
