@@ -16,7 +16,8 @@ static struct world_state {
     tcpsrv_loop *loop;
     tcpsrv *server;
     tcpsrv_options options;
-    int server_freed, over, rounds;
+    int server_freed, over;
+    int may_wait;               /* a stream that is another's may be waited for */
     size_t write_most;          /* bytes of one write at most, in this run */
     size_t steps_most;
     world_timer timers[WORLD_TIMERS];
@@ -182,7 +183,7 @@ static tcpsrv_want want_make(model_conn *conn, model_want *want) {
 static void conn_refused_read(model_conn *conn, tcpsrv_stream *stream) {
     tcpsrv_bytes bytes;
     int err;
-    if (!conn->reading || conn->closing) return;
+    if (!conn->reading || conn->closing || conn->outside) return;
     err = tcpsrv_read(stream, tcpsrv_some(0), NULL, NULL);
     if (err != TCPSRV_EBUSY) sim_broken(3, "a second read: %d", err);
     if (tcpsrv_peek(stream, &bytes)) sim_broken(3, "bytes are shown while a read waits");
@@ -279,7 +280,7 @@ static int conn_write(model_conn *conn, tcpsrv_stream *stream, size_t size, int 
     uint64_t before = conn->out_pos, would = size ? model_queued(conn) + size : 0;
     int was_dead = !model_is_open(conn), closing = conn->closing || conn->shut, err, waits;
     char few[512], *data = (char *)world.scratch;
-    if (in_coroutine && !own) kind = WRITE_TRY;
+    if (in_coroutine && !own && !world.may_wait) kind = WRITE_TRY;
     waits = in_coroutine && kind != WRITE_TRY;
     if (waits) data = size < sizeof few ? few : (char *)sim_heap_take(size + 1);
     if (!waits) conn->mixed = 1;
@@ -381,6 +382,20 @@ static void conn_shutdown(model_conn *conn, tcpsrv_stream *stream) {
     else model_check_code(conn, err, "shutdown");
 }
 
+/* Questions. */
+static void conn_ask(const model_conn *conn, tcpsrv_stream *stream) {
+    tcpsrv_address address;
+    char text[TCPSRV_ADDRESS_TEXT];
+    int err = tcpsrv_local(stream, &address);
+    if (err && !*tcpsrv_last_error()) sim_broken(7, "a failure left no words");
+    if (tcpsrv_peer(stream, &address) == 0) tcpsrv_address_text(&address, text, sizeof text);
+    tcpsrv_set_nodelay(stream, (int)sim_below(2));
+    if (tcpsrv_user(stream) != conn) sim_broken(2, "a stream's user is another");
+    if (tcpsrv_stream_loop(stream) != world.loop) sim_broken(2, "a stream's loop is another");
+    if (!conn->closing && !conn->outside && conn->reading != tcpsrv_reading(stream))
+        sim_broken(2, "stream %d: tcpsrv_reading says %d", conn->number, tcpsrv_reading(stream));
+}
+
 /* What may be done to a stream from anywhere without waiting. */
 static void conn_poke(model_conn *conn, tcpsrv_stream *stream) {
     switch (sim_below(16)) {
@@ -393,7 +408,7 @@ static void conn_poke(model_conn *conn, tcpsrv_stream *stream) {
     case 6: if (sim_chance(6)) conn_abort(conn, stream); break;
     case 7: case 8: conn_refused_read(conn, stream); break;
     case 9: case 10: conn_peek(conn, stream); break;
-    case 11: tcpsrv_set_nodelay(stream, (int)sim_below(2)); break;
+    case 11: conn_ask(conn, stream); break;
     default: conn_write(conn, stream, sim_size(world.write_most), 0); break;
     }
 }
@@ -455,6 +470,22 @@ static int world_on_stream(tcpsrv_stream *stream, const tcpsrv_address *peer, vo
 
 /* ---- handlers with coroutines ---------------------------------------------------------------- */
 
+/* By the value, or by the call that has its name. */
+static int read_await(tcpsrv_stream *stream, const model_want *model_wanted, tcpsrv_want want,
+                      tcpsrv_bytes *bytes) {
+    int named = sim_chance(2);
+    switch (named ? model_wanted->kind : WANT_KINDS) {
+    case WANT_UNTIL: return tcpsrv_read_until(stream, model_wanted->delimiter, want.max, bytes);
+    case WANT_EXACTLY: return tcpsrv_read_bytes(stream, model_wanted->size, bytes);
+    case WANT_SOME: return tcpsrv_read_some(stream, want.max, bytes);
+    case WANT_CLOSE: return tcpsrv_read_until_close(stream, want.max, bytes);
+    case WANT_INTO:
+        bytes->size = model_wanted->size;
+        return tcpsrv_read_into(stream, want.memory, model_wanted->size);
+    default: return tcpsrv_await(stream, want, bytes);
+    }
+}
+
 static int handler_read(model_conn *conn, tcpsrv_stream *stream) {
     model_want model_wanted;
     tcpsrv_want want = want_make(conn, &model_wanted);
@@ -463,12 +494,12 @@ static int handler_read(model_conn *conn, tcpsrv_stream *stream) {
     SIM_TRACE("stream %d: awaits kind %d, %zu, max %zu", conn->number, (int)model_wanted.kind,
               model_wanted.size, model_wanted.max);
     if (conn->closing) {
-        err = tcpsrv_await(stream, want, &bytes);
+        err = read_await(stream, &model_wanted, want, &bytes);
         if (!err) sim_broken(2, "stream %d: a closed stream was read", conn->number);
         return err;
     }
     model_read_begin(conn, &model_wanted);
-    err = tcpsrv_await(stream, want, &bytes);
+    err = read_await(stream, &model_wanted, want, &bytes);
     if (!err && conn->want.kind == WANT_INTO) bytes.data = conn->into;
     model_read_end(conn, err, bytes);
     return err;
@@ -554,6 +585,7 @@ static int world_handler(tcpsrv_stream *stream, const tcpsrv_address *peer, void
     }
     handler_join(conn);
     conn_closing(conn);
+    if (conn->writing) conn->torn = 1; /* by another, whose call ends now */
     model.coroutines--;
     SIM_TRACE("stream %d: its handler returns", conn->number);
     return sim_chance(20) ? TCPSRV_EREFUSED : err;
@@ -681,15 +713,34 @@ static void world_post(void) {
     if (tcpsrv_post(world.loop, world_on_post, (void *)(intptr_t)world.posts) == 0) world.posts++;
 }
 
+static int world_is_full(void) {
+    tcpsrv_stats stats;
+    if (!model.memory_limit || !world.server || world.server_freed) return 0;
+    tcpsrv_get_stats(world.server, &stats);
+    return stats.buffer_memory >= model.memory_limit - model.memory_limit / 8;
+}
+
+static void world_quiet_stats(const tcpsrv_stats *stats) {
+    uint64_t closed = stats->closed_in_order + stats->closed_by_reset + stats->closed_by_timeout +
+                      stats->closed_by_abort + stats->closed_by_error;
+    if (stats->active > tcpsrv_get_options(world.server)->max_connections)
+        sim_broken(4, "%zu connections are open, over the limit", stats->active);
+    if (stats->accepted - closed != stats->active)
+        sim_broken(6, "%llu accepted, %llu closed, %zu active", (unsigned long long)stats->accepted,
+                   (unsigned long long)closed, stats->active);
+}
+
 /* Connections that wait while there is room for them are accepted within the longest pause. */
 static void world_quiet_accept(void) {
     tcpsrv_stats stats;
     int fd, waiting = 0;
     if (!world.server || world.server_freed) return;
     tcpsrv_get_stats(world.server, &stats);
+    world_quiet_stats(&stats);
     for (fd = SIM_FIRST_FD; fd < SIM_FDS; fd++)
         if (sim.fds[fd] && sim.fds[fd]->kind == SIM_LISTENER) waiting += sim.fds[fd]->waiting;
-    if (!waiting || stats.active >= tcpsrv_get_options(world.server)->max_connections)
+    if (!waiting || model.full ||
+        stats.active >= tcpsrv_get_options(world.server)->max_connections)
         world.accept_since = sim.now;
     if (world.accept_since < sim.accept_trouble_at) world.accept_since = sim.accept_trouble_at;
     if (sim.now > world.accept_since + SIM_MS(1002))
@@ -923,7 +974,9 @@ static void world_random_step(void) {
     case 9: world_signal(); break;
     default:
         conn = conn_random(&stream);
+        world.may_wait = tcpsrv_self() != 0 && sim_chance(3);
         if (conn) conn_poke(conn, stream);
+        world.may_wait = 0;
     }
 }
 
@@ -984,6 +1037,8 @@ static void world_options(tcpsrv_options *options) {
     options->max_connections = world_limit(8);
     options->idle_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(2000) : 0);
     options->close_timeout_ms = (int64_t)world_limit(8000);
+    options->memory_limit = sim_chance(8) ? 500 + sim_size(100000) : 0;
+    model.memory_limit = options->memory_limit;
     options->max_connections_per_ip = sim_chance(6) ? 1 + sim_below(3) : 0;
     if (!sim_chance(6)) return;
     options->proxy_protocol = sim_chance(2) ? TCPSRV_PROXY_REQUIRED : TCPSRV_PROXY_OPTIONAL;
@@ -992,13 +1047,15 @@ static void world_options(tcpsrv_options *options) {
 }
 
 static void world_begin(void) {
-    size_t peers = 1 + sim_size(12);
+    size_t peers = 1 + sim_size(24), parked = sim_chance(200) ? 100 : 0;
     world_options(&world.options);
     world.server = tcpsrv_new(&world.options);
     if (world.server) tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1");
     if (sim_chance(8)) world_listen_unix();
     while (peers--) world_peer();
     if (sim_chance(2)) world_timer_new();
+    while (parked--) tcpsrv_spawn(world.loop, world_parker, NULL, 16384);
+    while (sim_chance(2)) world_random_step();
     if (sim_chance(3)) world_spawn();
     if (sim_chance(4)) world_connect();
     tcpsrv_call_later(world.loop, 1 + (int64_t)sim_size(4000), world_on_end, NULL);
@@ -1012,13 +1069,39 @@ static void world_loop_free(void) {
     world.loop = NULL;
 }
 
+/* A straight main: its calls run the thread's own loop until they are done. */
+static void world_outside(void) {
+    tcpsrv_connect_options options;
+    model_conn *conn = client_new(&options, 1);
+    size_t steps = 1 + sim_size(8);
+    if (!conn) return;
+    conn->outside = 1;
+    handler_first(conn);
+    while (steps-- && !world.over) {
+        int err = handler_step(conn, conn->stream);
+        if (err || conn->closing) break;
+    }
+    if (!conn->closing) conn_close(conn, conn->stream);
+}
+
+/* As within somebody else's loop. */
+static void world_poll(void) {
+    while (!world.over) {
+        int timeout_ms = tcpsrv_loop_timeout(world.loop);
+        if (sim_chance(8)) timeout_ms = 0;
+        if (tcpsrv_loop_poll(world.loop, timeout_ms) != 0) sim_broken(2, "a turn failed");
+    }
+}
+
 /* One run of what begins, with whatever sim.run asks for. */
 static void world_run(void (*begin)(void)) {
-    int i;
-    world.loop = tcpsrv_loop_new();
+    int i, own = begin == world_begin && sim_chance(6);
+    world.loop = own ? tcpsrv_loop_default() : tcpsrv_loop_new();
     if (world.loop) {
         begin();
-        tcpsrv_loop_run(world.loop);
+        if (own) world_outside();
+        if (begin == world_begin && sim_chance(8)) world_poll();
+        else tcpsrv_loop_run(world.loop);
         world.over = 1;
         if (world.server && sim_chance(2)) world_server_free();
         world_loop_free();
@@ -1039,7 +1122,8 @@ static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     memset(sim_pollers, 0, sizeof sim_pollers);
     memset(sim_handlers, 0, sizeof sim_handlers);
     memset(&world, 0, offsetof(struct world_state, scratch));
-    model.count = model.draining = model.ending = model.coroutines = model.turns = 0;
+    model.count = model.draining = model.ending = model.coroutines = model.turns = model.full = 0;
+    model.memory_limit = 0;
     sim_link_count = sim_peer_count = 0;
     world_parked = 0;
     sim.seed = seed;
