@@ -290,7 +290,8 @@ static void model_check_read_code(model_conn *conn, int code) {
     if (conn->want.kind == WANT_INTO && sim.alloc_failed && tcpsrv_error(conn->stream))
         conn->lost = 1; /* a dead stream had no memory to take them back */
     if (code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED || conn->lost) return;
-    if (code == TCPSRV_ETIMEDOUT && !conn->coroutine) return; /* it may have been held back */
+    if ((code == TCPSRV_ETIMEDOUT || code == TCPSRV_EBUFFULL) && !conn->coroutine)
+        return; /* it may have been held back */
     if (answer.code != 1 && conn->want.kind != WANT_READY)
         sim_broken(1, "stream %d: a read ended with %s, but %d bytes are there for it",
                    conn->number, tcpsrv_strerror(code), (int)model_available(conn));

@@ -665,6 +665,7 @@ SIM_PRIVATE ssize_t sim_sendv(int fd, const struct iovec *pieces, int count, int
     ssize_t n;
     if (object->kind == SIM_FILE || (object->kind == SIM_PIPE && object->side == 1))
         return sim_tell(object, EBADF);
+    if (error == EAGAIN && object->reset) error = 0;
     if (error == EPIPE) {
         sim_fault_io(object, error, SIM_OUT);
         n = sim_broken_pipe(object, flags);
@@ -716,6 +717,7 @@ SIM_PRIVATE ssize_t sim_sendfile(int fd, int file, off_t *offset, size_t size) {
     uint64_t left = (uint64_t)*offset < from->size ? from->size - (uint64_t)*offset : 0;
     ssize_t n;
     if (error == EINVAL || error == ENOSYS) return sim_fail(error);
+    if (error == EAGAIN && object->reset) error = 0;
     if (error == EPIPE) {
         sim_fault_io(object, error, SIM_OUT);
         return sim_broken_pipe(object, 0);
