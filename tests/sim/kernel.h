@@ -180,7 +180,7 @@ static struct sim_state {
     int path_exists, path_inode; /* of the one Unix socket's file */
     uint64_t progress, progress_seen;
     size_t live_bytes, live_blocks, maps;
-    int fd_limit, open_fds;
+    int fd_limit, open_fds, fd_top; /* fd_top: behind the highest that was used */
     int sigpipe_blocked, sigpipe_pending;
     struct sim_thread {         /* begun, and not run yet */
         void *(*run)(void *arg);
@@ -190,7 +190,7 @@ static struct sim_state {
     int thread_count;
     sim_object *fds[SIM_FDS];
     sim_object objects[SIM_OBJECTS];
-    int object_count;
+    int object_count, object_top;
 } sim;
 
 static void net_run(void);      /* network.h */
@@ -523,6 +523,7 @@ static int sim_fd_take(sim_object *object) {
     }
     sim.fds[fd] = object;
     sim.open_fds++;
+    if (fd >= sim.fd_top) sim.fd_top = fd + 1;
     if (!object->refs++) object->fd = fd;
     return fd;
 }
@@ -532,6 +533,7 @@ static sim_object *sim_object_new(sim_kind kind) {
     int i;
     for (i = 0; i < SIM_OBJECTS; i++) {
         object = &sim.objects[sim.object_count];
+        if (sim.object_count >= sim.object_top) sim.object_top = sim.object_count + 1;
         sim.object_count = (sim.object_count + 1) % SIM_OBJECTS;
         if (object->kind != SIM_FREE) continue;
         memset(object, 0, sizeof *object);

@@ -310,7 +310,7 @@ static sim_link *link_new(void) {
 
 static sim_object *listener_at(int port, int family) {
     int fd;
-    for (fd = SIM_FIRST_FD; fd < SIM_FDS; fd++) {
+    for (fd = SIM_FIRST_FD; fd < sim.fd_top; fd++) {
         sim_object *object = sim.fds[fd];
         if (object && object->kind == SIM_LISTENER && object->port == port &&
             object->family == family)

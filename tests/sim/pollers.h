@@ -175,8 +175,8 @@ static int sim_epoll_collect(void *arg) {
     sim_scan scan;
     int n = 0, max = call->max;
     if (sim_chance(16)) max = 1 + (int)sim_below(4); /* the rest comes next time */
-    for (sim_scan_begin(&scan, sim.fd_limit); scan.left && n < max;) {
-        int fd = sim_scan_next(&scan, sim.fd_limit);
+    for (sim_scan_begin(&scan, sim.fd_top); scan.left && n < max;) {
+        int fd = sim_scan_next(&scan, sim.fd_top);
         sim_entry *entry = &call->poller->entry[0][fd];
         uint32_t told;
         if (!entry->used || ((entry->events & (uint32_t)EPOLLET) && !entry->ready)) continue;
@@ -192,7 +192,7 @@ static int sim_epoll_collect(void *arg) {
 
 /* Readiness that is gone when somebody looks (select(2), BUGS). */
 static int sim_epoll_spurious(sim_epoll_call *call, int n) {
-    int fd = (int)sim_below((size_t)sim.fd_limit);
+    int fd = (int)sim_below((size_t)sim.fd_top);
     const sim_entry *entry = &call->poller->entry[0][fd];
     if (!entry->used || n >= call->max || !sim.fds[fd] || !sim.fds[fd]->link) return n;
     call->events[n].events = EPOLLIN;
@@ -276,7 +276,7 @@ static unsigned sim_kqueue_flags(int fd, int write_side, unsigned *fflags) {
 static int sim_kqueue_collect(void *arg) {
     sim_kqueue_call *call = (sim_kqueue_call *)arg;
     sim_scan scan;
-    int n = 0, count = 2 * sim.fd_limit, max = call->max;
+    int n = 0, count = 2 * sim.fd_top, max = call->max;
     if (sim_chance(16)) max = 1 + (int)sim_below(4);
     for (sim_scan_begin(&scan, count); scan.left && n < max;) {
         int at = sim_scan_next(&scan, count), fd = at / 2, write_side = at % 2;
@@ -300,7 +300,7 @@ static int sim_kqueue_collect(void *arg) {
 }
 
 static int sim_kqueue_spurious(sim_kqueue_call *call, int n) {
-    int fd = (int)sim_below((size_t)sim.fd_limit);
+    int fd = (int)sim_below((size_t)sim.fd_top);
     const sim_entry *entry = &call->poller->entry[0][fd];
     if (!entry->used || n >= call->max || !sim.fds[fd] || !sim.fds[fd]->link) return n;
     memset(&call->events[n], 0, sizeof call->events[n]);

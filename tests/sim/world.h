@@ -737,7 +737,7 @@ static void world_quiet_accept(void) {
     if (!world.server || world.server_freed) return;
     tcpsrv_get_stats(world.server, &stats);
     world_quiet_stats(&stats);
-    for (fd = SIM_FIRST_FD; fd < SIM_FDS; fd++)
+    for (fd = SIM_FIRST_FD; fd < sim.fd_top; fd++)
         if (sim.fds[fd] && sim.fds[fd]->kind == SIM_LISTENER) waiting += sim.fds[fd]->waiting;
     if (!waiting || model.full ||
         stats.active >= tcpsrv_get_options(world.server)->max_connections)
@@ -1116,10 +1116,10 @@ static void world_run(void (*begin)(void)) {
 
 static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     int i;
-    for (i = 0; i < SIM_OBJECTS; i++) sim.objects[i].kind = SIM_FREE;
+    for (i = 0; i < sim.object_top; i++) sim.objects[i].kind = SIM_FREE;
     memset(&sim, 0, offsetof(struct sim_state, objects));
-    sim.object_count = 0;
-    memset(sim_pollers, 0, sizeof sim_pollers);
+    sim.object_count = sim.object_top = 0;
+    for (i = 0; i < SIM_POLLERS; i++) sim_pollers[i].used = 0;
     memset(sim_handlers, 0, sizeof sim_handlers);
     memset(&world, 0, offsetof(struct world_state, scratch));
     model.count = model.draining = model.ending = model.coroutines = model.turns = model.full = 0;
@@ -1131,6 +1131,7 @@ static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     sim.run = *run;
     sim.last_failed = -1;
     sim.fd_limit = SIM_FDS;
+    sim.fd_top = SIM_FIRST_FD + 1;
 #ifdef TCPSERVER_USE_KQUEUE
     sim.bsd = 1;
 #endif
