@@ -495,8 +495,9 @@ typedef struct tcpsrv_options {
    do not count. At the limit accepting stops, and nothing more is received but for the oldest
    message that has come in part, which has a reserve of max_buffer_size; what is there is served.
    All goes on once an eighth of the limit is free. When nothing was freed for a second, the read
-   that holds most ends with TCPSRV_EBUFFULL. Peers that do not take their output are ended by write
-   timeouts alone: see tcpsrv_set_timeout.
+   that holds most ends with TCPSRV_EBUFFULL. Above the limit there is at most what one receive
+   brings, and the reserve, in blocks of their size. Peers that do not take their output are ended
+   by write timeouts alone: see tcpsrv_set_timeout.
 
    proxy_protocol: HAProxy's PROXY protocol, versions 1 and 2. The header is read before the handler
    starts, which is then told the address in it as the peer's, and so is tcpsrv_peer; what the
@@ -4900,7 +4901,11 @@ static TCPSRV__APART int tcpsrv__boxes_make(tcpsrv_loop *loop) {
 /* Counted where a stream comes to rest with bytes of either direction, and where it gives them up:
    a message that comes and is answered in one piece is never counted. */
 
-enum { TCPSRV__UNIT = 64 };
+enum {
+    TCPSRV__UNIT = 64,
+    TCPSRV__FULL_CHUNK = 4096,      /* of one receive at memory_limit: little of a next message */
+    TCPSRV__LARGEST = 262144        /* block of a class: by so much one receive may overshoot */
+};
 
 static TCPSRV__COLD void tcpsrv__recharge(tcpsrv_stream *stream) {
     tcpsrv__owner *owner = stream->owner;
@@ -4918,11 +4923,14 @@ static TCPSRV__COLD void tcpsrv__recharge(tcpsrv_stream *stream) {
 }
 
 /* While the server is full: whether the stream must not receive. Only the rest of a message may
-   come, as far as the reserve goes. */
+   come, as far as the reserve goes, and where the others hold no more than they may. */
 static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
+    const tcpsrv__owner *owner = stream->owner;
     size_t size = stream->in ? tcpsrv__block_size(stream->in) : 0;
-    return stream->owner->favoured != stream->source.id || !size ||
-           size >= stream->owner->options.max_buffer_size;
+    uint64_t others = owner->stats.buffer_memory - (uint64_t)stream->charged * TCPSRV__UNIT;
+    return owner->favoured != stream->source.id || !size ||
+           size >= owner->options.max_buffer_size ||
+           others > (uint64_t)owner->options.memory_limit + TCPSRV__LARGEST;
 }
 
 /* ---- life ------------------------------------------------------------------------------------ */
@@ -5149,7 +5157,8 @@ TCPSRV__INLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t 
    behind that a spare block, so that one call takes whatever has come. */
 static TCPSRV__COLD int tcpsrv__receive_pieces(tcpsrv_stream *stream, struct iovec *pieces,
                                                tcpsrv__block *spare) {
-    size_t most = stream->owner->options.read_chunk_size;
+    size_t most = stream->owner->full ? (size_t)TCPSRV__FULL_CHUNK
+                                      : stream->owner->options.read_chunk_size;
     int n = 0;
     if (stream->want_kind == TCPSRV__WANT_INTO) {
         pieces[n].iov_base = (char *)stream->want_memory + stream->progress;
@@ -6211,6 +6220,9 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
         stats->timeouts_write++;
         stream->aborting = 1;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
+    } else if (stream->owner->full && stream->readable && extra->idle_due &&
+               extra->idle_due <= loop->now) {
+        extra->idle_due = loop->now + stream->owner->idle_ns; /* not for what is not received */
     } else if (tcpsrv__passed(loop, &extra->idle_due)) {
         stats->timeouts_idle++;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
