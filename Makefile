@@ -8,7 +8,7 @@
 #                 simulated kernel's chances
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
-# make bench-count, make bench-check, make bench-plot: see tests/bench/results/README.md
+# make bench-count, make bench-check, make bench-plot: see tests/bench/method.md
 # make examples, make lint, make install, make clean
 
 CC = cc

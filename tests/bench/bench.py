@@ -131,6 +131,16 @@ def program_of(process):
     return (children(process.pid) or [process.pid])[0]
 
 
+def workers(process, server):
+    """They may still have to be forked."""
+    for _ in range(200):
+        pids = children(process.pid)
+        if len(pids) == {"raw_epoll": 1, "ours_coroutines": 2}.get(server, 0):
+            break
+        time.sleep(0.01)
+    return pids
+
+
 def end(process, program=None):
     if process.poll() is None:
         os.kill(program or process.pid, signal.SIGTERM)
@@ -347,7 +357,7 @@ def keep(row):
 def load(server, mode, work, ms=300):
     process, port = start(server, mode)
     try:
-        pids = [process.pid] + (children(process.pid) if mode == "fork" else [])
+        pids = [process.pid] + (workers(process, server) if mode == "fork" else [])
         words = [os.path.join(BUILD, "load"), f"port={port}", f"ms={ms}", "warm=80",
                  "pids=" + ",".join(map(str, pids))] + work.split()
         on = cores()[0] | cores()[1] if mode == "fork" else cores()[1]

@@ -212,7 +212,7 @@ def growth_table(rows):
     for connections in in_order(key[0] for key in cells):
         found = [cells[(connections,) + kind] for kind in kinds]
         yield f"| {connections:,} | " + " | ".join(
-            f"{statistics.median(cell['cpu_us']):.2f}, {cell['instructions']:.0f}"
+            f"{number(statistics.median(cell['cpu_us']))}, {number(cell['instructions'])}"
             for cell in found) + " |"
 
 
@@ -311,6 +311,49 @@ def write_files(rows):
         file.write(text + "\n" + "\n".join(tables(rows)) + "\n")
 
 
+# ---- the page at the top -------------------------------------------------------------------------
+
+BEGIN, END = "<!-- figures, by make bench-plot -->", "<!-- end of figures -->"
+
+
+def figures(rows):
+    """A request's exact cost in one table, and the rates in another."""
+    counts, memory = of_kind(rows, "count"), of_kind(rows, "memory")
+    servers = [server for server in ORDER if server != "tornado" and
+               any(row["server"] == server for row in counts)]
+    yield BEGIN
+    yield "| a request costs | " + " | ".join(map(name_of, servers)) + " |"
+    yield "|---|" + "---|" * len(servers)
+    for key, work, title in (
+            ("instructions", "50-connections", "instructions in user space, 50 connections"),
+            ("instructions", "16-deep", "instructions, 16 lines at a time"),
+            ("system_calls", "1-connection", "system calls, 1 connection"),
+            ("system_calls", "50-connections", "system calls, 50 connections"),
+            ("system_calls", "16-deep", "system calls, 16 lines at a time"),
+            ("system_calls", "peer-closes", "system calls for connect, echo, close by the client")):
+        found = {row["server"]: row[key] for row in counts if row["work"] == work}
+        yield f"| {title} | " + " | ".join(number(found.get(server)) for server in servers) + " |"
+    found = {row["server"]: row["each"] for row in memory}
+    yield "| bytes for an idle connection | " + " | ".join(number(found.get(server))
+                                                           for server in servers) + " |"
+    yield ""
+    shown = [row for row in of_kind(rows, "load") if row["server"] in servers + ["go"]]
+    yield from list(overview(shown))[1:]
+    yield ""
+    yield from method(rows)
+    yield END
+
+
+def write_figures(rows):
+    path = os.path.join(HERE, "../../README.md")
+    with open(path) as file:
+        text = file.read()
+    if BEGIN in text and of_kind(rows, "count"):
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        with open(path, "w") as file:
+            file.write(before + "\n".join(figures(rows)) + after)
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 COLOURS = {"raw_epoll": "#777777", "ours_callbacks": "#0050c8", "ours_coroutines": "#00a0e0",
@@ -381,7 +424,7 @@ def draw_comparison():
 set multiplot
 set yrange [0.5:{len(works) + 0.5}]
 set xrange [0:1.4]
-set xtics 0.2
+set xtics 0, 0.2, 1.2
 set grid xtics lc rgb '#e4e4e4' lt 1
 set arrow from 1, graph 0 to 1, graph 1 nohead lc rgb '#777777' lw 1.5
 {lines}
@@ -391,7 +434,7 @@ set ytics ({titles}) scale 0
 set lmargin at screen 0.22
 set rmargin at screen 0.595
 set title 'requests a second, to raw epoll' offset 0,-0.5
-set key horizontal at screen 0.5, screen {1 - 6 / height:.4f} center top maxcols 4 samplen 2
+set key vertical maxrows 2 at screen 0.97, screen {1 - 8 / height:.4f} right top samplen 2 width -6
 {first}
 set format y ''
 set ytics ('' 0) scale 0
@@ -422,9 +465,9 @@ def lines_plot(rows, blocks):
     colours = ["#d04040", "#e08000", "#00a0e0", "#0050c8"]
     for place, piece in enumerate(in_order(row["piece"] for row in rows)):
         points = [(row["size"], float(row["us"])) for row in rows if row["piece"] == piece]
-        word = "byte" if piece == "1" else "bytes"
+        size = f"{int(piece) // 1024} KB" if int(piece) >= 1024 else f"{piece} B"
         parts.append(f"{blocks.add(points)} using 1:2 with linespoints pt 7 lw 2 ps 0.5 "
-                     f"lc rgb '{colours[place % 4]}' title 'in pieces of {int(piece):,} {word}'")
+                     f"lc rgb '{colours[place % 4]}' title '{size}'")
     return "plot " + ", ".join(parts) + "\n"
 
 
@@ -434,7 +477,7 @@ def draw_growth():
     instructions = connections_plot(rows, "instructions", blocks)
     lines = lines_plot(read_tsv("lines.tsv"), blocks)
     draw("growth.svg", 1000, 380, blocks, f"""
-set multiplot layout 1,3 margins 0.05,0.985,0.14,0.88 spacing 0.06
+set multiplot layout 1,3 margins 0.05,0.985,0.17,0.9 spacing 0.06
 set grid lc rgb '#e4e4e4' lt 1
 set logscale x
 set xrange [7:22000]
@@ -454,7 +497,7 @@ set logscale y
 set format y '10^{{%T}}'
 set xtics ('64 B' 64, '4 KB' 4096, '256 KB' 262144, '16 MB' 16777216)
 set xlabel 'length of the line'
-set key top left
+set key top left title 'pieces of'
 {lines}
 unset multiplot
 """)
@@ -462,7 +505,9 @@ unset multiplot
 
 def plot(results):
     if os.path.exists(results):
-        write_files(read(results))
+        rows = read(results)
+        write_files(rows)
+        write_figures(rows)
     if not shutil.which("gnuplot"):
         sys.exit("no gnuplot here")
     draw_comparison()
