@@ -6,6 +6,8 @@
 # make exhaustive short scenarios on it, in which every call and allocation fails in its turn
 # make fuzz       clang's libFuzzer over what strangers send and what files hold, and over the
 #                 simulated kernel's chances
+# make mutants    the header broken in one place at a time, each of which the tests must notice;
+#                 ONLY="stream- poll-forget" for some of tests/mutants
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
 # make bench-count, make bench-check, make bench-plot: see tests/bench/method.md
@@ -50,7 +52,7 @@ POLLER = epoll
 SEEDS = 1000
 FROM = 1
 
-export CC CFLAGS BUILD ROUNDS ONLY WORK RECORD
+export CC CFLAGS BUILD JOBS ROUNDS ONLY WORK RECORD
 
 all: examples
 
@@ -138,6 +140,9 @@ bench bench-count bench-check bench-plot:
 fuzz:
 	@sh tests/fuzz.sh
 
+mutants: $(if $(filter yes,$(BEARSSL)),$(BUILD)/certificates)
+	@sh tests/mutants.sh $(ONLY)
+
 lint:
 	@sh tests/lint.sh
 
@@ -150,5 +155,5 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run certs examples programs unit sim exhaustive fuzz test bench bench-count \
-        bench-check bench-plot lint install clean FORCE
+.PHONY: all run certs examples programs unit sim exhaustive fuzz mutants test bench \
+        bench-count bench-check bench-plot lint install clean FORCE

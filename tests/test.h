@@ -1,7 +1,8 @@
 /* The test harness. A test is a claim; each runs in a child process of its own with a watchdog, so
    that a crash or a hang fails that test alone, and must leave the open descriptors and the
    library's live bytes as they were. argv[1]: only tests whose name contains it. TEST_SLOW=n in
-   the environment multiplies the watchdog's time, TEST_VERBOSE names the tests that pass. */
+   the environment multiplies the watchdog's time, TEST_VERBOSE names the tests that pass,
+   TEST_FIRST ends the program with the first test that fails. */
 #ifndef TEST_H
 #define TEST_H
 
@@ -107,7 +108,7 @@ static int test_run(const test_case *test) {
 
 TEST_PRIVATE int test_main(int argc, char **argv, const test_case *tests, int count) {
     int counts[3] = { 0, 0, 0 }, i;
-    for (i = 0; i < count; i++)
+    for (i = 0; i < count && !(counts[1] && getenv("TEST_FIRST")); i++)
         if (argc < 2 || strstr(tests[i].name, argv[1])) counts[test_run(&tests[i])]++;
     printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);
     return counts[1] != 0 || counts[0] + counts[2] == 0;
