@@ -204,6 +204,26 @@ static void results_are_kept_for_the_last_65536(void) {
     free(ids);
 }
 
+/* Where the table of results cannot grow the oldest one goes, and the order stays when it grows
+   after that. */
+static void without_memory_for_results_the_oldest_is_forgotten(void) {
+    enum { ALL = 70 };
+    int64_t ids[ALL];
+    size_t k;
+    int i;
+    begin();
+    for (i = 0; i < ALL; i++) ids[i] = spawn(give, number(i));
+    test_fail_alloc_at = 2;
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    CHECK_INT(test_fail_alloc_at, 0);
+    CHECK_INT(loop->ended_count, ALL - 1);
+    for (k = 0; k < loop->ended_count; k++)
+        CHECK_INT(loop->ended[(loop->ended_first + k) % loop->ended_capacity], ids[k + 1]);
+    CHECK_INT(tcpsrv_join(ids[0]), -ESRCH);
+    for (i = 1; i < ALL; i++) CHECK_INT(tcpsrv_join(ids[i]), i);
+    end();
+}
+
 static void dead_ids_never_meet_new_coroutines(void) {
     int64_t old[100], id;
     int i;
@@ -1184,6 +1204,7 @@ int main(int argc, char **argv) {
         TEST(joining_oneself_is_refused),
         TEST(self_is_the_running_coroutine_and_0_outside),
         TEST(results_are_kept_for_the_last_65536),
+        TEST(without_memory_for_results_the_oldest_is_forgotten),
         TEST(dead_ids_never_meet_new_coroutines),
         TEST(stacks_have_at_least_the_size_asked_for),
         TEST(registers_survive_the_switches),

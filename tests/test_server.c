@@ -677,6 +677,57 @@ static void a_peer_that_does_not_read_is_held_back_and_loses_nothing(void) {
     both(flood_body);
 }
 
+/* So many lines in one send, after which the server has had its turn. */
+static void ask_together(int fd, int count, int round) {
+    char lines[4000], back[sizeof lines];
+    int i, size = 0;
+    for (i = 0; i < count; i++) size += snprintf(lines + size, 8, "%d.%d\n", round, i % 1000);
+    ask(fd, lines);
+    CHECK_INT(take(fd, back, (size_t)size), size);
+    CHECK(memcmp(lines, back, (size_t)size) == 0);
+}
+
+static void together_body(void) {
+    int fd = client(tcpsrv_port(server, 0)), round;
+    turns(3);
+    for (round = 0; round < 8; round++) {
+        ask_together(fd, 1 + round, round);
+        ask_together(fd, 60, round);
+        ask_together(fd, 300, round);
+        ask_together(fd, 100, round);
+        ask_together(fd, 480, round);
+        ask(fd, "in two ");
+        turns(2);
+        ask(fd, "pieces\nand one\n");
+        expect(fd, "in two pieces\nand one\n");
+    }
+    close(fd);
+    turns(5);
+    CHECK_INT(ended, 1);
+}
+
+static void lines_that_come_together_are_answered_in_their_order(void) {
+    both(together_body);
+}
+
+static void sockets_that_wait_for_start_have_ports_and_are_closed_by_stop(void) {
+    tcpsrv_options options = options_for(1);
+    int fds = test_open_descriptors(100), port;
+    loop = tcpsrv_loop_default();
+    server = tcpsrv_new(&options);
+    CHECK_INT(tcpsrv_bind(server, 0, "127.0.0.1", NULL), 0);
+    CHECK_INT(tcpsrv_bind(server, 0, "127.0.0.1", NULL), 0);
+    port = tcpsrv_port(server, 0);
+    CHECK(port > 0 && tcpsrv_port(server, 1) > 0 && tcpsrv_port(server, 1) != port);
+    CHECK_INT(tcpsrv_port(server, 2), -ENOENT);
+    tcpsrv_stop(server);
+    CHECK_INT(tcpsrv_port(server, 0), -ENOENT);
+    CHECK_INT(tcpsrv_bind(server, port, "127.0.0.1", NULL), 0);
+    tcpsrv_stop(server);
+    CHECK(test_open_descriptors(100) <= fds + 4); /* the loop's own */
+    end();
+}
+
 static void a_busy_pipeline_does_not_starve_others(void) {
     tcpsrv_options options = options_for(1);
     int busy, quiet, i, n = 0;
@@ -746,6 +797,8 @@ int main(int argc, char **argv) {
         TEST(a_view_outlives_a_stream_that_the_server_ends),
         TEST(each_live_stream_can_be_reached_and_closed),
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
+        TEST(lines_that_come_together_are_answered_in_their_order),
+        TEST(sockets_that_wait_for_start_have_ports_and_are_closed_by_stop),
         TEST(a_busy_pipeline_does_not_starve_others),
         TEST(a_failed_allocation_costs_one_connection_at_most),
     };

@@ -301,6 +301,14 @@ static void clients_connect_by_path_and_by_abstract_name(void) {
     talk(name);
 }
 
+static void ready_is_a_line_of_its_own(void) {
+    CHECK(tcpsrv__says_ready("READY=1"));
+    CHECK(tcpsrv__says_ready("STATUS=NOT READY=1\nREADY=1\nX=2"));
+    CHECK(!tcpsrv__says_ready("NOTREADY=1"));
+    CHECK(!tcpsrv__says_ready("READY=10\nREADY=1x"));
+    CHECK(!tcpsrv__says_ready(""));
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(port_0_gives_all_families_the_same_free_port),
@@ -319,6 +327,7 @@ int main(int argc, char **argv) {
         TEST(a_file_that_is_not_ours_any_more_is_left),
         TEST(only_the_process_that_bound_it_unlinks_it),
         TEST(clients_connect_by_path_and_by_abstract_name),
+        TEST(ready_is_a_line_of_its_own),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }

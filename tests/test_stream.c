@@ -972,6 +972,27 @@ static void any_failed_allocation_is_a_code(void) {
     CHECK(n > 5 && n < 100);
 }
 
+static void a_hung_up_stream_is_found_after_others_have_gone(void) {
+    tcpsrv_stream *other;
+    int fds[4], i;
+    begin();
+    CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM, 0, fds), 0);
+    other = tcpsrv_stream_from_fd(loop, fds[0]);
+    CHECK(other != NULL);
+    tcpsrv_set_user(other, fds);
+    CHECK(tcpsrv_user(other) == fds);
+    CHECK(tcpsrv_stream_loop(other) == loop);
+    close(fds[1]);
+    CHECK_INT(tcpsrv_loop_poll(loop, 1000), 0);
+    tcpsrv_abort(stream);
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    tcpsrv_abort(other);
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    for (i = 0; i < 4; i += 2) CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM, 0, fds + i), 0);
+    for (i = 0; i < 4; i++) CHECK(tcpsrv_stream_from_fd(loop, fds[i]) != NULL);
+    end();
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(read_until_gives_each_message_with_its_delimiter),
@@ -1014,6 +1035,7 @@ int main(int argc, char **argv) {
         TEST(a_parked_view_holds_little_memory),
         TEST(a_long_line_in_pieces_is_searched_once),
         TEST(any_failed_allocation_is_a_code),
+        TEST(a_hung_up_stream_is_found_after_others_have_gone),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }

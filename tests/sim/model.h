@@ -205,6 +205,7 @@ static int model_of_server(const model_conn *conn) {
 static int model_may_end(const model_conn *conn, int code) {
     switch (code) {
     case 0: return 1;
+    case -EINTR: return 0; /* whatever a signal interrupts goes on */
     case TCPSRV_EOF: return conn->object->told_end ||
                             (model.draining && model_of_server(conn));
     case TCPSRV_ECLOSED: return conn->closing || conn->shut ||

@@ -606,6 +606,8 @@ static model_conn *client_new(tcpsrv_connect_options *options, int coroutine) {
     options->max_write_buffer_size = world.options.max_write_buffer_size;
     options->write_high_water = world.options.write_high_water;
     stream = tcpsrv_connect(world.loop, options);
+    if (!stream && tcpsrv__thread()->error == -EINTR)
+        sim_broken(2, "an interrupted connect has failed");
     if (!stream) return NULL;
     conn = conn_new(stream, coroutine);
     conn->client = 1;
