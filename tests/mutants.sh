@@ -13,7 +13,7 @@ case ${BUILD:-build} in /*) certificates=$BUILD/certificates ;; esac
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 130' INT TERM
-export TEST_FIRST=1 TEST_SLOW=2
+export TEST_FIRST=1
 
 units=$(ls tests/test_*.c | sed 's|^tests/||; s|\.c$||')
 
