@@ -313,7 +313,7 @@ def write_files(rows):
 
 # ---- the page at the top -------------------------------------------------------------------------
 
-BEGIN, END = "<!-- figures, by make bench-plot -->", "<!-- end of figures -->"
+PERFORMANCE, AFTER = "## Performance\n", "## How it is tested\n"
 
 
 def figures(rows):
@@ -321,7 +321,6 @@ def figures(rows):
     counts, memory = of_kind(rows, "count"), of_kind(rows, "memory")
     servers = [server for server in ORDER if server != "tornado" and
                any(row["server"] == server for row in counts)]
-    yield BEGIN
     yield "| a request costs | " + " | ".join(map(name_of, servers)) + " |"
     yield "|---|" + "---|" * len(servers)
     for key, work, title in (
@@ -341,17 +340,17 @@ def figures(rows):
     yield from list(overview(shown))[1:]
     yield ""
     yield from method(rows)
-    yield END
 
 
-def write_figures(rows):
+def write_section(rows):
+    """The top page's section, anew."""
     path = os.path.join(HERE, "../../README.md")
-    with open(path) as file:
-        text = file.read()
-    if BEGIN in text and of_kind(rows, "count"):
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        with open(path, "w") as file:
-            file.write(before + "\n".join(figures(rows)) + after)
+    with open(path) as file, open(os.path.join(HERE, "performance.md")) as section:
+        text, new = file.read(), section.read()
+    before, after = text.split(AFTER)
+    with open(path, "w") as file:
+        file.write(before.split(PERFORMANCE)[0] +
+                   new.replace("(figures)", "\n".join(figures(rows))) + AFTER + after)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -507,7 +506,8 @@ def plot(results):
     if os.path.exists(results):
         rows = read(results)
         write_files(rows)
-        write_figures(rows)
+        if of_kind(rows, "count") and of_kind(rows, "load"):
+            write_section(rows)
     if not shutil.which("gnuplot"):
         sys.exit("no gnuplot here")
     draw_comparison()
