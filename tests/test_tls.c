@@ -1430,6 +1430,33 @@ static void a_close_before_the_handshake_sends_nothing(void) {
     service_close(&here);
 }
 
+static int say_and_leave(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    return ended(tcpsrv_write(stream, "hello and goodbye", 17));
+}
+
+static int say_and_close(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    say_and_leave(stream, peer, user);
+    tcpsrv_close(stream);
+    return 0;
+}
+
+/* Its close waits for the handshake, for the words, and then says so. */
+static void a_handler_may_be_gone_before_the_handshake(void) {
+    int callbacks;
+    for (callbacks = 0; callbacks < 2; callbacks++) {
+        service here;
+        tcpsrv_stream *stream;
+        tcpsrv_bytes got;
+        service_open(&here, callbacks ? NULL : say_and_leave, callbacks ? say_and_close : NULL);
+        stream = dial(&here, here.client_tls);
+        CHECK_INT(tcpsrv_read_until_close(stream, 0, &got), 0);
+        CHECK_MEM(got.data, got.size, "hello and goodbye");
+        tcpsrv_close(stream);
+        service_close(&here);
+    }
+}
+
 static void a_plain_client_ends_its_stream_and_is_logged_with_its_address(void) {
     service here;
     tcpsrv_stats stats;
@@ -1889,6 +1916,7 @@ int main(int argc, char **argv) {
         TEST(a_file_goes_encrypted),
         TEST(a_handler_begins_before_the_handshake_and_learns_who_is_there),
         TEST(a_close_before_the_handshake_sends_nothing),
+        TEST(a_handler_may_be_gone_before_the_handshake),
         TEST(a_plain_client_ends_its_stream_and_is_logged_with_its_address),
         TEST(a_silent_client_is_dropped_at_the_handshake_timeout),
         TEST(a_server_that_is_not_trusted_fails_the_clients_first_read),
