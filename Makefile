@@ -31,7 +31,8 @@ EXAMPLES = $(patsubst examples/%.c,$(BUILD)/examples/%,$(sort $(wildcard example
 # TLS needs BearSSL (Debian: libbearssl-dev); without it what needs TLS is left out.
 BEARSSL := $(shell echo '\#include <bearssl.h>' | $(CC) -E - >/dev/null 2>&1 && echo yes)
 TLS_EXAMPLES = $(BUILD)/examples/tls_echo $(BUILD)/examples/https
-TLS_UNITS = $(foreach unit,test_tls test_tls_faults test_tornado,$(BUILD)/$(unit) $(BUILD)/poll/$(unit))
+TLS_UNITS = $(foreach unit,test_tls test_tls_faults test_tornado,\
+    $(BUILD)/$(unit) $(BUILD)/poll/$(unit))
 ifeq ($(BEARSSL),yes)
 $(TLS_EXAMPLES): LIBS = -lbearssl
 $(TLS_UNITS): LIBS = -DTEST_HAS_BEARSSL -DTEST_CERTIFICATES='"$(abspath $(BUILD))/certificates"' \

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fuzzes each tests/fuzz/fuzz_*.c with clang's libFuzzer, SECONDS_EACH (20) each, from seeds that
-# are made here or kept in tests/fuzz/corpus. One line for each; the last line is the sum. What makes one fail stays in
-# BUILD/fuzz.
+# are made here or kept in tests/fuzz/corpus. One line for each; the last line is the sum. What
+# makes one fail stays in BUILD/fuzz.
 #
 #   BUILD=build sh tests/fuzz.sh [PART OF A NAME]
 
@@ -50,8 +50,9 @@ seeds_parsers() { # DIRECTORY
 fuzz() { # NAME
     source=$root/tests/fuzz/fuzz_$1.c
     grep -q '^#define TCPSERVER_TLS' "$source" && library=-lbearssl || library=
-    $CLANG -g -O1 -Wno-static-in-inline -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        -DTEST_CERTIFICATES="\"$certificates\"" "$source" -o "$bin/$1" $library || return 1
+    $CLANG -g -O1 -Wno-static-in-inline -fsanitize=fuzzer,address,undefined \
+        -fno-sanitize-recover=all -DTEST_CERTIFICATES="\"$certificates\"" "$source" \
+        -o "$bin/$1" $library || return 1
     rm -rf "$bin/$1.corpus" && mkdir "$bin/$1.corpus"
     "seeds_$1" "$bin/$1.corpus"
     (cd "$bin" && "./$1" -max_total_time="${SECONDS_EACH:-20}" -timeout=10 -max_len=20000 \

@@ -1651,7 +1651,8 @@ static void a_close_with_unread_plaintext_ends_and_its_answer_arrives(void) {
 
 static int write_too_much(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     (void)peer, (void)user;
-    CHECK_INT(tcpsrv_set_timeout(stream, 0, 200), 0);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_set_timeout(stream, 0, 500), 0);
     return ended(tcpsrv_write(stream, bulk, BULK));
 }
 
