@@ -5,7 +5,7 @@ enum {
     LIMIT = 1 << 20,
     MOST = 128 << 10,               /* max_buffer_size */
     HALF = 90 << 10,                /* of a message, as clients send it */
-    BOUND = LIMIT + MOST + 2 * 262144, /* the reserve, and what one receive takes more than it may */
+    BOUND = LIMIT + MOST + 2 * 262144, /* the reserve, and what one receive takes beyond */
     CLIENTS = 40                    /* three times as many as the limit has room for */
 };
 
