@@ -972,6 +972,30 @@ static void any_failed_allocation_is_a_code(void) {
     CHECK(n > 5 && n < 100);
 }
 
+static void note_unsent(tcpsrv_stream *of, int err, size_t unsent, void *arg) {
+    (void)of;
+    CHECK_INT(err, -ENOMEM);
+    *(size_t *)arg = unsent;
+}
+
+static void a_write_torn_by_lack_of_memory_ends_the_stream_with_a_reset(void) {
+    static char big[900000], back[65536];
+    size_t unsent = 0;
+    ssize_t n;
+    begin();
+    CHECK_INT(tcpsrv_on_close(stream, note_unsent, &unsent), 0);
+    test_fail_alloc_at = 1;
+    CHECK_INT(tcpsrv_write(stream, big, sizeof big), -ENOMEM);
+    CHECK_INT(test_fail_alloc_at, 0);
+    CHECK(tcpsrv_closed(stream));
+    CHECK_INT(tcpsrv_error(stream), -ENOMEM);
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    CHECK(unsent > 0 && unsent < sizeof big);
+    while ((n = recv(raw, back, sizeof back, MSG_DONTWAIT)) > 0) continue;
+    CHECK(n < 0 && errno == ECONNRESET);
+    end();
+}
+
 static void a_hung_up_stream_is_found_after_others_have_gone(void) {
     tcpsrv_stream *other;
     int fds[4], i;
@@ -1035,6 +1059,7 @@ int main(int argc, char **argv) {
         TEST(a_parked_view_holds_little_memory),
         TEST(a_long_line_in_pieces_is_searched_once),
         TEST(any_failed_allocation_is_a_code),
+        TEST(a_write_torn_by_lack_of_memory_ends_the_stream_with_a_reset),
         TEST(a_hung_up_stream_is_found_after_others_have_gone),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
