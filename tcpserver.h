@@ -4524,8 +4524,9 @@ static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *qu
 /* Owns a descriptor, the bytes that came from it, and those that are to leave by it. One read waits
    at a time: it is tried against the buffer, then one receive a turn, then the poller's next word.
    A view of the buffer lives only while no read waits, so that receiving never moves bytes that
-   somebody looks at. Requests end from the loop only, in step, which does for a stream whatever its
-   flags say is due, in the order that the contract of tcpsrv_close names. */
+   somebody looks at. Requests end from the loop only: usual messages straight from their event, all
+   else in step, which does for a stream whatever its flags say is due, in the order that the
+   contract of tcpsrv_close names. */
 
 enum {
     TCPSRV__WANT_CHAR = 1, TCPSRV__WANT_UNTIL,  /* delimiters, of one byte and of more */
@@ -4624,8 +4625,8 @@ struct tcpsrv_stream {
     unsigned shut_wanted : 1;
     unsigned blocked : 1;           /* sending, until the poller says that it goes on */
     unsigned bulk : 1;              /* the next receive is into the largest of blocks, */
-    unsigned winding : 1;           /* its server drains, or small limits: not served straight */
-    unsigned wide : 1;              /* and not at home */
+    unsigned wide : 1;              /* or at least not at home */
+    unsigned winding : 1;           /* not served straight: drained, full, or with small limits */
     unsigned readable : 1;          /* until a call has shown it to be dry */
     unsigned eof : 1;               /* the peer has finished, and all of it was received */
     unsigned in_stack : 1;          /* lies at the top of a coroutine's stack, with a home block */
