@@ -6481,8 +6481,8 @@ static TCPSRV__APART int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want
         } else if (stream->burst++, tcpsrv__read_try(stream, &err, &wait.bytes)) {
             if (err || stream->extra || stream->cancelled) tcpsrv__read_ended(stream, err);
             stream->read_fn = NULL;
-            if (err) return tcpsrv__await_refused(err, stream, bytes);
             if (stream->in) tcpsrv__recharge(stream);
+            if (err) return tcpsrv__await_refused(err, stream, bytes);
             if (bytes) *bytes = wait.bytes;
             return 0;
         }

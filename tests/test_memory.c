@@ -457,7 +457,8 @@ static void what_came_in_one_piece_counts_while_it_is_kept(void) {
 }
 
 enum { WARM = 3 };              /* messages by which the stream gets used to their size */
-static int sleeps_first;
+enum { READS, SLEEPS, THINKS }; /* THINKS: about a message that was too big for its read */
+static int then;
 
 static int doze_later(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     tcpsrv_bytes line;
@@ -466,17 +467,22 @@ static int doze_later(tcpsrv_stream *stream, const tcpsrv_address *peer, void *u
         err = tcpsrv_read_until(stream, "\n", 0, &line);
         if (!err) err = tcpsrv_write(stream, "1\n", 2);
     }
-    if (!err && sleeps_first) err = tcpsrv_sleep(100);
+    if (!err && then != READS) err = tcpsrv_sleep(100);
+    if (!err && then == THINKS) {
+        CHECK_INT(tcpsrv_read_until(stream, "\n", 10, &line), TCPSRV_ETOOBIG);
+        for (dozes++; !err && dozes;) err = tcpsrv_sleep(2);
+        return err;
+    }
     return err ? err : doze(stream, peer, user);
 }
 
-static void after_others(int sleeping) {
+static void after_others(int what) {
     static char bytes[5000];
     tcpsrv_options options = options_for(1);
     int fd, i;
     options.handle_stream = doze_later;
     dozes = 0;
-    sleeps_first = sleeping;
+    then = what;
     begin(&options);
     memset(bytes, 'b', sizeof bytes);
     bytes[sizeof bytes - 1] = '\n';
@@ -496,11 +502,15 @@ static void after_others(int sleeping) {
 }
 
 static void a_message_served_straight_counts_while_it_is_looked_at(void) {
-    after_others(0);
+    after_others(READS);
 }
 
 static void a_message_that_was_there_before_its_read_counts(void) {
-    after_others(1);
+    after_others(SLEEPS);
+}
+
+static void a_message_that_is_too_big_counts_while_it_is_kept(void) {
+    after_others(THINKS);
 }
 
 /* A line with the size of what follows it. */
@@ -583,6 +593,7 @@ int main(int argc, char **argv) {
         TEST(what_came_in_one_piece_counts_while_it_is_kept),
         TEST(a_message_served_straight_counts_while_it_is_looked_at),
         TEST(a_message_that_was_there_before_its_read_counts),
+        TEST(a_message_that_is_too_big_counts_while_it_is_kept),
         TEST(nothing_is_counted_while_a_stream_waits_for_its_next_message),
         TEST(without_the_limit_memory_is_counted_all_the_same),
         TEST(a_server_at_its_limit_may_end_in_any_way),
