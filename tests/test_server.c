@@ -423,6 +423,30 @@ static void draining_ends_idle_reads_and_lets_half_messages_finish(void) {
     end();
 }
 
+/* What was called off aborts nobody at its time. */
+static void a_server_that_listens_again_has_no_drain_to_come(void) {
+    tcpsrv_options options = options_for(0);
+    int fd, i;
+    options.on_drained = on_drained;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    ask(fd, "one\n");
+    expect(fd, "one\n");
+    drained = 0;
+    tcpsrv_drain(server, 20);
+    CHECK_INT(tcpsrv_listen(server, 0, "127.0.0.1"), 0);
+    CHECK_INT(tcpsrv_draining(server), 0);
+    for (i = 0; i < 20; i++) {
+        test_sleep_ms(5);
+        turns(1);
+    }
+    ask(fd, "two\n");
+    expect(fd, "two\n");
+    CHECK_INT(drained, 0);
+    close(fd);
+    end();
+}
+
 static void a_drain_answers_the_first_message_that_is_on_its_way(void) {
     tcpsrv_options options = options_for(1);
     int coming, silent;
@@ -789,6 +813,7 @@ int main(int argc, char **argv) {
         TEST(results_of_handlers_are_logged_with_the_peer),
         TEST(an_idle_connection_ends_and_a_busy_one_does_not),
         TEST(draining_ends_idle_reads_and_lets_half_messages_finish),
+        TEST(a_server_that_listens_again_has_no_drain_to_come),
         TEST(a_drain_answers_the_first_message_that_is_on_its_way),
         TEST(a_drain_answers_what_is_in_the_kernel_already),
         TEST(the_last_server_to_drain_stops_the_loop),

@@ -706,6 +706,24 @@ static void on_close_set_on_a_dead_stream_is_called(void) {
     end();
 }
 
+static void closed_and_asks(tcpsrv_stream *from, int result, size_t unsent, void *arg) {
+    closed(from, result, unsent, arg);
+    CHECK_INT(tcpsrv_on_flush(from, order_flush, NULL), 0);
+}
+
+static void a_flush_asked_for_in_on_close_is_told(void) {
+    struct linger now = { 1, 0 };
+    begin();
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_some(0), order_read, NULL), 0);
+    CHECK_INT(tcpsrv_on_close(stream, closed_and_asks, NULL), 0);
+    setsockopt(raw, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    close(raw);
+    raw = -1;
+    turns(4);
+    CHECK_STR(order, "?cf");
+    end();
+}
+
 static void half_closing_sends_all_first_and_reading_goes_on(void) {
     char text[16];
     begin();
@@ -1046,6 +1064,7 @@ int main(int argc, char **argv) {
         TEST(a_reply_survives_input_that_nobody_read),
         TEST(an_abort_resets_and_tells_what_was_not_sent),
         TEST(on_close_set_on_a_dead_stream_is_called),
+        TEST(a_flush_asked_for_in_on_close_is_told),
         TEST(half_closing_sends_all_first_and_reading_goes_on),
         TEST(a_write_cut_off_by_a_close_reports_it_and_the_peer_gets_a_reset),
         TEST(pipes_work_and_get_their_blocking_mode_back),

@@ -149,6 +149,18 @@ static int scenario_client(void *arg) {
     return 0;
 }
 
+/* One write that is sent in part and queued for the rest, without a coroutine to wait in. */
+static int scenario_large(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    model_conn *conn = conn_new(stream, 0);
+    (void)peer, (void)user;
+    conn_on_close(conn, stream);
+    conn->out_pos = 90000;
+    sim_dir_copy(&conn->link->dir[conn->side], 0, world.scratch, 90000);
+    if (tcpsrv_write(stream, world.scratch, 90000) != 0 && model_is_open(conn)) conn->out_pos = 0;
+    conn_close(conn, stream);
+    return 0;
+}
+
 /* ---- scenarios ------------------------------------------------------------------------------- */
 
 static void scenario_serve(tcpsrv_stream_fn *handler, tcpsrv_stream_fn *callback) {
@@ -186,6 +198,13 @@ static void scenario_begin_close(void) {
     scenario_listen();
     scenario_peer(100, PEER_WAITS)->read_pause = SIM_MS(20);
     scenario_peer(2000, PEER_HANGS)->send_pause = SIM_MS(30);
+}
+
+static void scenario_begin_large(void) {
+    scenario_serve(NULL, scenario_large);
+    sim_least_room = 20000;
+    scenario_listen();
+    scenario_peer(10, PEER_WAITS)->read_piece = 1 << 20;
 }
 
 static void scenario_begin_limit(void) {
@@ -252,6 +271,7 @@ static const scenario scenarios[] = {
     { "echo", scenario_begin_echo },
     { "callbacks", scenario_begin_callbacks },
     { "close", scenario_begin_close },
+    { "large", scenario_begin_large },
     { "limit", scenario_begin_limit },
     { "descriptors", scenario_begin_descriptors },
     { "connect", scenario_begin_connect },
