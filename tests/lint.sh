@@ -140,6 +140,13 @@ scripts_parse() {
     ! command -v bash >/dev/null || bash -n .ci/run
 }
 
+mutants_apply() (
+    command -v patch >/dev/null || { echo "no patch"; exit 77; }
+    for patch in tests/mutants/*.patch; do
+        patch --dry-run -s -F3 -p1 <"$patch" >/dev/null 2>&1 || echo "$patch"
+    done
+)
+
 have() {
     command -v "$1" >/dev/null || { echo "no $1"; exit 77; }
 }
@@ -183,6 +190,7 @@ row "the version is one" version_is_one
 row "no words about how it was made" repository_words
 row "nothing else at the top level" top_level
 row "scripts parse" scripts_parse
+row "mutants apply" mutants_apply
 row "cppcheck" run_cppcheck
 row "clang-tidy" run_clang_tidy
 
