@@ -1840,6 +1840,47 @@ static void every_failing_allocation_of_a_connection_is_survived(void) {
     service_close(&here);
 }
 
+/* Whether the heap holds those bytes, which are given inverted so that they are no find. */
+static int heap_holds(const unsigned char *inverted, size_t size) {
+    FILE *maps = fopen("/proc/self/maps", "r");
+    unsigned long from = 0, to = 0;
+    const unsigned char *at;
+    char line[512];
+    size_t i;
+    if (!maps) return 0;
+    while (fgets(line, sizeof line, maps))
+        if (strstr(line, "[heap]")) sscanf(line, "%lx-%lx", &from, &to);
+    fclose(maps);
+    for (at = (const unsigned char *)from; at + size <= (const unsigned char *)to; at++) {
+        for (i = 0; i < size && (at[i] ^ inverted[i]) == 0xff; i++) continue;
+        if (i == size) return 1;
+    }
+    return 0;
+}
+
+static void keys_and_secrets_are_wiped(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls(NULL);
+    unsigned char key[32], secret[48];
+    int seen;
+    duplex pair;
+    size_t i;
+    for (i = 0; i < sizeof key; i++)
+        key[i] = 0xff ^ br_skey_decoder_get_ec(server->pairs[0].key)->x[i];
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    for (i = 0; i < sizeof secret; i++)
+        secret[i] = 0xff ^ pair.server->core->session.master_secret[i];
+    seen = heap_holds(key, sizeof key) && heap_holds(secret, sizeof secret);
+    /* sanitizers have their heap elsewhere */
+    CHECK(seen || TCPSRV__ASAN || TCPSRV__TSAN || getenv("RUNNER"));
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+    CHECK(!heap_holds(key, sizeof key));
+    CHECK(!heap_holds(secret, sizeof secret));
+}
+
 /* Two children of one process, forked after the configuration was made: their randomness is their
    own. */
 static void forked_processes_have_randomness_of_their_own(void) {
@@ -1933,6 +1974,7 @@ int main(int argc, char **argv) {
         TEST(a_proxy_header_comes_before_tls),
         TEST(an_idle_connection_holds_at_most_six_kilobytes),
         TEST(every_failing_allocation_of_a_connection_is_survived),
+        TEST(keys_and_secrets_are_wiped),
         TEST(forked_processes_have_randomness_of_their_own),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
