@@ -1080,10 +1080,8 @@ static void world_outside(void) {
     if (!conn) return;
     conn->outside = 1;
     handler_first(conn);
-    while (steps-- && !world.over) {
-        int err = handler_step(conn, conn->stream);
-        if (err || conn->closing) break;
-    }
+    while (steps-- && !world.over && !conn->closing)
+        if (handler_step(conn, conn->stream) != 0) break;
     if (!conn->closing) conn_close(conn, conn->stream);
 }
 
