@@ -70,6 +70,7 @@ static struct model_state {
     model_conn conns[MODEL_CONNS];
     int count;
     int draining, ending;       /* the server, the loop */
+    int signalled;              /* a signal may make it drain, or abort, at any time from now on */
     uint64_t drain_due;         /* when what is left of the server's streams is aborted */
     int coroutines;             /* that run */
     size_t memory_limit;
@@ -207,10 +208,11 @@ static int model_may_end(const model_conn *conn, int code) {
     case 0: return 1;
     case -EINTR: return 0; /* whatever a signal interrupts goes on */
     case TCPSRV_EOF: return conn->object->told_end ||
-                            (model.draining && model_of_server(conn));
+                            ((model.draining || model.signalled) && model_of_server(conn));
     case TCPSRV_ECLOSED: return conn->closing || conn->shut ||
-                                (model.draining && model_of_server(conn) &&
-                                 sim.now >= model.drain_due);
+                                (model_of_server(conn) &&
+                                 (model.signalled ||
+                                  (model.draining && sim.now >= model.drain_due)));
     case TCPSRV_ECANCELED: return conn->cancelled || model.ending || conn->outside;
     case TCPSRV_EBUFFULL: return model.memory_limit && model_of_server(conn);
     case TCPSRV_ETIMEDOUT: return conn->read_due || conn->read_ms > 0 || conn->write_ms > 0 ||

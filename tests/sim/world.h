@@ -934,9 +934,7 @@ static void world_drain_on_signal(void) {
         return;
     }
     if (!sim_raise(SIGTERM)) return;
-    /* What the signal began, the model learns when it is told. */
-    model.draining = 1;
-    model.drain_due = 0;
+    model.signalled = 1;
 }
 
 static void world_server_step(void) {
@@ -1124,6 +1122,7 @@ static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     memset(sim_handlers, 0, sizeof sim_handlers);
     memset(&world, 0, offsetof(struct world_state, scratch));
     model.count = model.draining = model.ending = model.coroutines = model.turns = model.full = 0;
+    model.signalled = 0;
     model.memory_limit = 0;
     sim_link_count = sim_peer_count = 0;
     world_parked = 0;
