@@ -5016,7 +5016,8 @@ static TCPSRV__COLD void tcpsrv__regex_errand(void *arg) {
 /* Searched when the buffer has doubled, and once more when there is nothing else to receive. */
 static TCPSRV__COLD int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *data, size_t size) {
     tcpsrv__regex_search search;
-    int last = !stream->readable || stream->eof || stream->dead || size > stream->want_max;
+    int last = !stream->readable || stream->eof || stream->dead || stream->owner->full ||
+               size > stream->want_max;
     if (size == stream->progress || (!last && size < 2 * stream->progress)) return 0;
     search.regex = stream->want_memory;
     search.data = data;
