@@ -371,8 +371,8 @@ static int model_held_back(const model_conn *conn) {
 
 static void model_conn_turn(model_conn *conn) {
     const sim_dir *in = &conn->link->dir[!conn->side];
-    int ready = conn->reading && !conn->closing && !model.memory_limit && model_is_open(conn) && !model_held_back(conn) &&
-                !conn->object->connecting && in->arrived > in->taken;
+    int ready = conn->reading && !conn->closing && !model.memory_limit && model_is_open(conn) &&
+                !model_held_back(conn) && !conn->object->connecting && in->arrived > in->taken;
     if (!ready || in->taken != conn->seen_taken) conn->starved = 0;
     else if (++conn->starved > MODEL_STARVED)
         sim_broken(5, "stream %d was ready for %d turns and not served", conn->number,
