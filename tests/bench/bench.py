@@ -75,7 +75,7 @@ COUNTED = {
 }
 
 GROWTH = [10, 100, 1000, 10000, 15000]
-GROWTH_ROUNDS = 5
+GROWTH_ROUNDS = 3
 PIECES = [1, 64, 4096, 65536]
 LONGEST_LINE = 64 << 20
 IDLE = 10000
@@ -354,7 +354,7 @@ def keep(row):
         file.write(json.dumps(row) + "\n")
 
 
-def load(server, mode, work, ms=300):
+def load(server, mode, work, ms=250):
     process, port = start(server, mode)
     try:
         pids = [process.pid] + (workers(process, server) if mode == "fork" else [])
