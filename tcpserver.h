@@ -5285,7 +5285,7 @@ static TCPSRV__COLD int tcpsrv__read_has_come(tcpsrv_stream *stream) {
 }
 
 /* Into a block of its size; the loop's inbox is given away where it is well filled. */
-static TCPSRV__APART void tcpsrv__input_fit(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *fit = NULL;
     int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
