@@ -510,5 +510,9 @@ def plot(results):
             write_section(rows)
     if not shutil.which("gnuplot"):
         sys.exit("no gnuplot here")
-    draw_comparison()
-    draw_growth()
+    if not os.path.exists(os.path.join(RESULTS, "comparison.tsv")):
+        sys.exit("nothing is measured yet: make bench")
+    if read_tsv("comparison.tsv"):
+        draw_comparison()
+    if read_tsv("connections.tsv") and read_tsv("lines.tsv"):
+        draw_growth()
