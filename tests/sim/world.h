@@ -1100,7 +1100,7 @@ static void world_run(void (*begin)(void)) {
         begin();
         if (own) world_outside();
         if (begin == world_begin && sim_chance(8)) world_poll();
-        else tcpsrv_loop_run(world.loop);
+        else if (!world.over) tcpsrv_loop_run(world.loop); /* over: the end came outside */
         world.over = 1;
         if (world.server && sim_chance(2)) world_server_free();
         world_loop_free();
