@@ -365,7 +365,8 @@ def load(server, mode, work, ms=250):
                               preexec_fn=lambda: os.sched_setaffinity(0, on))
         if done.returncode:
             return {"error": done.stderr.strip()}
-        return json.loads(done.stdout)
+        row = json.loads(done.stdout)
+        return row if row["cpu_us"] > 0 else {"error": "the server's CPU is not known"}
     finally:
         end(process)
 
