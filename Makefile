@@ -8,6 +8,7 @@
 #                 simulated kernel's chances
 # make mutants    the header broken in one place at a time, each of which the tests must notice;
 #                 ONLY="stream- poll-forget" for some of tests/mutants
+# make coverage   how much of the header the units and the simulated kernel run (gcc, gcov)
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
 # make bench-count, make bench-check, make bench-plot: see tests/bench/method.md
@@ -141,6 +142,9 @@ bench bench-count bench-check bench-plot:
 fuzz:
 	@sh tests/fuzz.sh
 
+coverage: $(if $(filter yes,$(BEARSSL)),$(BUILD)/certificates)
+	@sh tests/coverage.sh
+
 mutants: $(if $(filter yes,$(BEARSSL)),$(BUILD)/certificates)
 	@sh tests/mutants.sh $(ONLY)
 
@@ -156,5 +160,5 @@ clean:
 	rm -rf '$(BUILD)'
 
 FORCE:
-.PHONY: all run certs examples programs unit sim exhaustive fuzz mutants test bench \
+.PHONY: all run certs examples programs unit sim exhaustive fuzz mutants coverage test bench \
         bench-count bench-check bench-plot lint install clean FORCE
