@@ -118,6 +118,7 @@ static double latency_at(double share) {
     uint64_t total = 0, sum = 0;
     int i, exponent;
     for (i = 0; i < BUCKETS; i++) total += measured.latencies[i];
+    if (!total) return 0; /* a download may take longer than the run */
     for (i = 0; i < BUCKETS - 1; i++) {
         sum += measured.latencies[i];
         if ((double)sum > (double)total * share) break;

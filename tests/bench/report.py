@@ -120,7 +120,7 @@ ORDER = ["raw_epoll", "ours_callbacks", "ours_coroutines", "libuv", "libevent", 
 # ---- tables --------------------------------------------------------------------------------------
 
 def number(value):
-    if value is None:
+    if not value:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
