@@ -309,6 +309,7 @@ static void without_descriptors_accepting_pauses_and_resumes(void) {
     uint64_t until;
     double cpu;
     int turns_made = 0, fd;
+    int64_t longest = 0;
     pid_t pid;
     options.max_connections = 1000;
     begin(&options);
@@ -317,8 +318,11 @@ static void without_descriptors_accepting_pauses_and_resumes(void) {
     limit.rlim_cur = 24;
     CHECK_INT(setrlimit(RLIMIT_NOFILE, &limit), 0);
     cpu = cpu_seconds();
-    for (until = test_ns() + 1500000000u; test_ns() < until; turns_made++)
+    for (until = test_ns() + 1500000000u; test_ns() < until; turns_made++) {
         CHECK_INT(tcpsrv_loop_poll(loop, 100), 0);
+        if (server->pause_ms > longest) longest = server->pause_ms;
+    }
+    CHECK(longest >= 4 * TCPSRV__PAUSE_MS);
     CHECK(cpu_seconds() - cpu < 0.5);
     CHECK(turns_made < 300);
     CHECK(log_lines >= 1 && log_lines <= 4);
