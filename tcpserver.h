@@ -3574,7 +3574,8 @@ enum {
     TCPSRV__ENDING_CALLS = 1000, /* that a coroutine may make while its loop is being freed */
     TCPSRV__MAX_ENDED = 65536,   /* results kept for a join */
     TCPSRV__SLAB_STACKS = 64,
-    TCPSRV__WARM_STACKS = 32,    /* idle ones whose pages are not given back */
+    TCPSRV__WARM_STACKS = 32,    /* idle ones whose pages are not given back, */
+    TCPSRV__WARM = 0x80,         /* and their mark */
     TCPSRV__MIN_STACK = 16384
 };
 
@@ -3591,7 +3592,7 @@ typedef struct tcpsrv__slab {
     char *memory;
     size_t stack_size;          /* without the guard below it */
     int count, idle_count;
-    unsigned char idle[TCPSRV__SLAB_STACKS];
+    unsigned char idle[TCPSRV__SLAB_STACKS]; /* numbers, with TCPSRV__WARM */
     unsigned valgrind_id[TCPSRV__SLAB_STACKS];
 } tcpsrv__slab;
 
@@ -3600,7 +3601,7 @@ struct tcpsrv__stack_pool {
     tcpsrv_fn *errand;          /* what a coroutine wants done on the loop's stack */
     void *errand_arg;
     tcpsrv__slab *with_idle, *full;
-    size_t idle_count, page;
+    size_t idle_count, warm_count, page;
     const void *main_bottom;    /* for ASan */
     size_t main_size;
     void *main_fake, *main_fiber;
@@ -3714,6 +3715,8 @@ static TCPSRV__COLD char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t si
     if (!slab) return NULL;
     number = slab->idle[--slab->idle_count];
     pool->idle_count--;
+    if (number & TCPSRV__WARM) pool->warm_count--;
+    number &= (unsigned char)~TCPSRV__WARM;
     if (slab->idle_count == 0) {
         tcpsrv__slab_unlink(&pool->with_idle, slab);
         tcpsrv__slab_link(&pool->full, slab);
@@ -3722,8 +3725,20 @@ static TCPSRV__COLD char *tcpsrv__stack_take(tcpsrv__stack_pool *pool, size_t si
     return slab->memory + number * tcpsrv__slab_stride(pool, slab) + pool->page;
 }
 
-/* Its lowest pages go back to the system once there are enough warm ones; a slab without any stack
-   in use goes as a whole while others have enough. */
+/* A slab without any stack in use goes as a whole while others have enough. */
+static TCPSRV__COLD void tcpsrv__slab_leave(tcpsrv__stack_pool *pool, tcpsrv__slab *slab) {
+    int i;
+    if (slab->idle_count < slab->count ||
+        pool->idle_count < (size_t)slab->count + TCPSRV__WARM_STACKS)
+        return;
+    for (i = 0; i < slab->count; i++)
+        if (slab->idle[i] & TCPSRV__WARM) pool->warm_count--;
+    pool->idle_count -= (size_t)slab->count;
+    tcpsrv__slab_unlink(&pool->with_idle, slab);
+    tcpsrv__slab_free(pool, slab);
+}
+
+/* Its lowest pages go back to the system once there are enough warm ones. */
 static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__slab *slab,
                                               char *stack) {
     size_t number = (size_t)(stack - slab->memory) / tcpsrv__slab_stride(pool, slab);
@@ -3731,16 +3746,15 @@ static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__
         tcpsrv__slab_unlink(&pool->full, slab);
         tcpsrv__slab_link(&pool->with_idle, slab);
     }
+    if (pool->warm_count < TCPSRV__WARM_STACKS) {
+        pool->warm_count++;
+        number |= TCPSRV__WARM;
+    } else {
+        tcpsrv__sys_give_back(stack, slab->stack_size - pool->page);
+    }
     slab->idle[slab->idle_count++] = (unsigned char)number;
     pool->idle_count++;
-    if (pool->idle_count > TCPSRV__WARM_STACKS)
-        tcpsrv__sys_give_back(stack, slab->stack_size - pool->page);
-    if (slab->idle_count < slab->count ||
-        pool->idle_count < (size_t)slab->count + TCPSRV__WARM_STACKS)
-        return;
-    pool->idle_count -= (size_t)slab->count;
-    tcpsrv__slab_unlink(&pool->with_idle, slab);
-    tcpsrv__slab_free(pool, slab);
+    tcpsrv__slab_leave(pool, slab);
 }
 
 /* ---- switching ------------------------------------------------------------------------------- */
