@@ -329,7 +329,7 @@ static void without_descriptors_accepting_pauses_and_resumes(void) {
     CHECK(strstr(log_text, "Too many open files") != NULL);
     tcpsrv_get_stats(server, &stats);
     CHECK(stats.accept_pauses >= 3 && stats.accept_pauses < 20);
-    CHECK(stats.shed >= 1);
+    CHECK(stats.shed > TCPSRV__SHED); /* a few at each pause */
     waitpid(pid, NULL, 0);
     limit.rlim_cur = limit.rlim_max;
     CHECK_INT(setrlimit(RLIMIT_NOFILE, &limit), 0);
