@@ -38,6 +38,7 @@ typedef struct model_conn {
     sim_link no_link;
     sim_object no_object;
     int coroutine, client;      /* has a handler of its own; was connected by us */
+    int drained;                /* a drain's time had come before it was called off */
     int outside;                /* is waited for outside coroutines: a stop ends that */
     size_t max_buffer, max_write, high_water, chunk;
     int64_t close_ms;
@@ -209,7 +210,7 @@ static int model_may_end(const model_conn *conn, int code) {
     case -EINTR: return 0; /* whatever a signal interrupts goes on */
     case TCPSRV_EOF: return conn->object->told_end ||
                             ((model.draining || model.signalled) && model_of_server(conn));
-    case TCPSRV_ECLOSED: return conn->closing || conn->shut ||
+    case TCPSRV_ECLOSED: return conn->closing || conn->shut || conn->drained ||
                                 (model_of_server(conn) &&
                                  (model.signalled ||
                                   (model.draining && sim.now >= model.drain_due)));

@@ -70,7 +70,7 @@ static int sim_block(int64_t timeout_ns, int (*collect)(void *arg), void *arg) {
         next = sim_earlier(net_next(), sim_threads_next());
         if (next > sim.now) model_quiet();
         /* For ever, or as good as that: a server may retry something each second. */
-        if ((next == SIM_NEVER && until == SIM_NEVER) || sim.now > SIM_MS(600000)) {
+        if ((next == SIM_NEVER && until == SIM_NEVER) || sim.now > SIM_MS(100000)) {
             world_stuck();
             return 0;
         }

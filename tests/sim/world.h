@@ -918,11 +918,19 @@ static void world_peer(void) {
     if (world.options.proxy_protocol) peer_head(peer, (sim_head)sim_below(HEAD_KINDS));
 }
 
+/* A drain is called off; what its end has aborted until now stays so. */
+static void world_listens(void) {
+    int i;
+    for (i = 0; i < model.count && model.draining && sim.now >= model.drain_due; i++)
+        model.conns[i].drained = !model.conns[i].client;
+    model.draining = 0;
+}
+
 static void world_listen_unix(void) {
     int fd;
     if (!world.server || world.server_freed) return;
     fd = tcpsrv_bind_unix_socket("/run/sim.sock", 0, 0);
-    if (fd >= 0 && tcpsrv_add_socket(world.server, fd) == 0) model.draining = 0;
+    if (fd >= 0 && tcpsrv_add_socket(world.server, fd) == 0) world_listens();
 }
 
 /* At the first signal it drains, at the second it aborts. */
@@ -942,7 +950,7 @@ static void world_server_step(void) {
     switch (sim_below(8)) {
     case 0: tcpsrv_stop(world.server); break;
     case 1: case 2:
-        if (tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1") == 0) model.draining = 0;
+        if (tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1") == 0) world_listens();
         break;
     case 3:
         if (!sim_chance(3)) break;
