@@ -2715,7 +2715,7 @@ struct tcpsrv__source {
     tcpsrv__source *ready_next; /* on the ready list, or on the list of those to destroy */
     tcpsrv__source *flush_next;
     int fd;
-    unsigned char is_ready, is_flushing, is_gone, spare;
+    unsigned char is_ready, is_flushing, is_gone;
 };
 
 typedef struct tcpsrv__slot {
