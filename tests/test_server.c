@@ -756,6 +756,32 @@ static void sockets_that_wait_for_start_have_ports_and_are_closed_by_stop(void) 
     end();
 }
 
+static void burst_body(void) {
+    char lines[4000], back[sizeof lines];
+    int fd = client(tcpsrv_port(server, 0)), i;
+    tcpsrv_stats before, after;
+    size_t got = 0;
+    turns(3);
+    memset(lines, '\n', sizeof lines);
+    CHECK_INT(send(fd, lines, sizeof lines, MSG_NOSIGNAL), sizeof lines);
+    for (i = 0; i < 500 && got < sizeof lines; i++) {
+        ssize_t n;
+        tcpsrv_get_stats(server, &before);
+        turns(1);
+        tcpsrv_get_stats(server, &after);
+        CHECK(after.bytes_written - before.bytes_written <= 3 * TCPSRV__BURST);
+        n = recv(fd, back, sizeof back, MSG_DONTWAIT);
+        if (n > 0) got += (size_t)n;
+    }
+    CHECK_INT(got, sizeof lines);
+    close(fd);
+    turns(3);
+}
+
+static void a_turn_serves_only_so_much_of_a_pipeline(void) {
+    both(burst_body);
+}
+
 static void a_busy_pipeline_does_not_starve_others(void) {
     tcpsrv_options options = options_for(1);
     int busy, quiet, i, n = 0;
@@ -828,6 +854,7 @@ int main(int argc, char **argv) {
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
         TEST(lines_that_come_together_are_answered_in_their_order),
         TEST(sockets_that_wait_for_start_have_ports_and_are_closed_by_stop),
+        TEST(a_turn_serves_only_so_much_of_a_pipeline),
         TEST(a_busy_pipeline_does_not_starve_others),
         TEST(a_failed_allocation_costs_one_connection_at_most),
     };
