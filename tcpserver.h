@@ -6003,6 +6003,7 @@ static TCPSRV__COLD void tcpsrv__tell_close(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
     int has_close_fn = stream->extra && stream->extra->close_fn;
     if (stream->read_fn) return; /* the buffer may still answer it */
+    if (stream->extra && stream->extra->marks_first) return; /* told in the next step */
     tcpsrv__tell_close(stream);
     if (stream->closing) tcpsrv__stream_end(stream);
     else if (!stream->held && (has_close_fn ? stream->close_told : stream->told) &&
