@@ -193,6 +193,7 @@ static void conn_peek(model_conn *conn, tcpsrv_stream *stream) {
     tcpsrv_bytes bytes;
     if (conn->reading || conn->closing || conn->lost) return;
     if (tcpsrv_error(stream) && sim.alloc_failed) return; /* what it held may be lost with it */
+    if (!tcpsrv_by_id(world.loop, conn->id)) return;      /* a drain has aborted it */
     tcpsrv_peek(stream, &bytes);
     if (bytes.size != model_available(conn) ||
         !sim_dir_equal(&conn->link->dir[!conn->side], conn->in_pos, bytes.data, bytes.size))
