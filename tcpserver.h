@@ -763,6 +763,12 @@ TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at le
 #ifdef _SYS_SOCKET_H
 #define TCPSRV__ACCEPT4_HIDDEN 1
 #endif
+#if defined(_UNISTD_H) && !defined(__USE_MISC)
+#define TCPSRV__SYSCALL_HIDDEN 1
+#endif
+#if (defined(_STDLIB_H) || defined(_UNISTD_H)) && !defined(__USE_XOPEN2K8)
+#define TCPSRV__READ_STRICTLY 1
+#endif
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
@@ -812,7 +818,9 @@ TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at le
 #include <unistd.h>
 
 #if !defined(CLOCK_MONOTONIC) || !defined(SA_RESTART) || !defined(MAP_PRIVATE) || \
-    !defined(AI_PASSIVE) || !defined(F_DUPFD_CLOEXEC) || !defined(_SC_PAGESIZE)
+    !defined(AI_PASSIVE) || !defined(F_DUPFD_CLOEXEC) || !defined(_SC_PAGESIZE) || \
+    !defined(WNOHANG) || !defined(S_ISSOCK) || defined(TCPSRV__READ_STRICTLY) || \
+    (!defined(MAP_ANON) && !defined(MAP_ANONYMOUS))
 #error "tcpserver.h: a system header was read in strict ISO mode before. \
 Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 #endif
@@ -853,6 +861,15 @@ Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 
 #ifdef TCPSRV__ACCEPT4_HIDDEN
 extern int accept4(int, struct sockaddr *, socklen_t *, int);
+#endif
+#ifdef TCPSRV__SYSCALL_HIDDEN
+extern long syscall(long, ...);
+#endif
+#if defined(CPU_COUNT) || !defined(__CPU_COUNT_S)
+#define TCPSRV__CPU_COUNT(set) CPU_COUNT(set)
+#else /* sched.h, which is part of pthread.h, was read before and without _GNU_SOURCE */
+#define TCPSRV__CPU_COUNT(set) __CPU_COUNT_S(sizeof(cpu_set_t), set)
+extern int sched_getaffinity(pid_t, size_t, cpu_set_t *);
 #endif
 
 #if defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
@@ -1971,7 +1988,7 @@ static TCPSRV__COLD int tcpsrv__sys_thread(void *(*run)(void *arg), void *arg) {
 #if TCPSRV__LINUX
 static int tcpsrv__sys_cpu_count(void) {
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return TCPSRV__CPU_COUNT(&set);
     return (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
