@@ -10,7 +10,8 @@
  *       #define TCPSERVER_IMPLEMENTATION
  *       #include "tcpserver.h"
  *
- *   and plain #include "tcpserver.h" in the others. This is a complete line echo server:
+ *   and plain #include "tcpserver.h" in the others. In a strict mode such as -std=c99 the first of
+ *   these comes before the system's headers. This is a complete line echo server:
  *
  *       #define TCPSERVER_IMPLEMENTATION
  *       #include "tcpserver.h"
@@ -44,8 +45,8 @@
  *              TCPSRV_E... for the library's own, or NULL where it returns a pointer. Ids are
  *              positive. tcpsrv_last_error() then holds one sentence with the step, the place and
  *              the cause; tcpsrv_strerror() names any code. NULL where an object is required, or
- *              a call from another thread than the loop's, is an assertion.
- *   Options    Structs in which zero means the default. They are copied.
+ *              a call from another thread than the loop's, is undefined.
+ *   Options    Structs in which zero means the default. They are copied, and so are their strings.
  *   Units      Times are milliseconds in an int64_t or int named ..._ms, -1 for "no limit"; the
  *              clock is monotonic, in nanoseconds. Sizes are bytes in a size_t.
  *   Threads    A loop and all that hangs on it belong to one thread. tcpsrv_post is the one call
@@ -228,7 +229,8 @@ TCPSRV_API int tcpsrv_loop_poll(tcpsrv_loop *loop, int timeout_ms);
 
 /* For life inside another loop: a descriptor that is readable when the loop has something to do
    (epoll, kqueue; -ENOTSUP with poll), and the milliseconds until it must have a turn all the
-   same: 0 when work is ready, -1 for never. */
+   same: 0 when work is ready, -1 for never. To be asked before each wait; after it,
+   tcpsrv_loop_poll(loop, 0). */
 TCPSRV_API int tcpsrv_loop_fd(const tcpsrv_loop *loop);
 TCPSRV_API int tcpsrv_loop_timeout(const tcpsrv_loop *loop);
 
@@ -346,7 +348,8 @@ TCPSRV_API int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv
 /* What is buffered, not consumed; nothing while a read waits. Returns its size. */
 TCPSRV_API size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes);
 
-/* Ends a waiting read with TCPSRV_ECANCELED; its bytes stay for the next one. */
+/* Ends a waiting read with TCPSRV_ECANCELED, from the loop: until then the next one is
+   TCPSRV_EBUSY. Its bytes stay for that. Without a waiting read it does nothing. */
 TCPSRV_API void tcpsrv_cancel_read(tcpsrv_stream *stream);
 
 /* ---- streams: writing and closing ------------------------------------------------------------ */
@@ -372,8 +375,9 @@ typedef void tcpsrv_flush_fn(tcpsrv_stream *stream, int err, void *arg);
 TCPSRV_API int tcpsrv_flush(tcpsrv_stream *stream);
 TCPSRV_API int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void *arg);
 
-/* Ends the sending side once all is flushed; reading goes on. Later writes: TCPSRV_ECLOSED. Over
-   TLS -ENOTSUP: TLS 1.2 has no half-close. */
+/* Ends the sending side once all is flushed; never waits; reading goes on. Later writes:
+   TCPSRV_ECLOSED. 0; TCPSRV_ECLOSED after tcpsrv_close; why the stream is dead; -ENOTSUP over TLS,
+   as TLS 1.2 has no half-close. */
 TCPSRV_API int tcpsrv_shutdown(tcpsrv_stream *stream);
 
 /* Ends the stream; never waits, never calls back before it returns. Then, from the loop: requests
@@ -401,8 +405,10 @@ TCPSRV_API int tcpsrv_reading(const tcpsrv_stream *stream); /* 1: a read waits *
 TCPSRV_API int tcpsrv_writing(const tcpsrv_stream *stream); /* 1: output is queued */
 
 /* read_ms: the longest that one read may take as a whole, however its bytes trickle; it then ends
-   with TCPSRV_ETIMEDOUT and its bytes stay. write_ms: the longest in which the kernel takes no byte
-   of what is queued; the stream is then dead. 0 or -1: none. 0 or -ENOMEM. */
+   with TCPSRV_ETIMEDOUT and its bytes stay. It counts from the call that reads, so with what is
+   left of connecting and the TLS handshake, and holds for the reads made from now on. write_ms: the
+   longest in which the kernel takes no byte of what is queued; the stream is then dead. 0 or -1:
+   none. 0 or -ENOMEM. */
 TCPSRV_API int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms);
 TCPSRV_API int tcpsrv_set_nodelay(tcpsrv_stream *stream, int on); /* TCP_NODELAY, tcp(7) */
 
@@ -456,7 +462,7 @@ TCPSRV_API tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd);
    and timeouts are logged at debug level, other codes at error level. As on_stream it is a callback
    that starts the first read; non-zero closes the stream. */
 typedef int tcpsrv_stream_fn(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user);
-typedef void tcpsrv_log_fn(int level, const char *line, void *user);
+typedef void tcpsrv_log_fn(int level, const char *line, void *user); /* line: without newline */
 typedef void tcpsrv_drained_fn(tcpsrv *server, void *user);
 
 typedef struct tcpsrv_options {
@@ -535,8 +541,8 @@ TCPSRV_API int tcpsrv_bind(tcpsrv *server, int port, const char *address,
                            const tcpsrv_bind_options *options);
 
 /* Starts accepting on what was bound. num_processes 1: in this process; n: forks n; 0 or less: one
-   for each core. With forks it returns in the children only, as tcpsrv_fork_processes does.
-   TCPSRV_EBUSY when started already. */
+   for each core. With forks it returns in the children only, as tcpsrv_fork_processes with 100
+   restarts does. TCPSRV_EBUSY when started already, or the errors of tcpsrv_fork_processes. */
 TCPSRV_API int tcpsrv_start(tcpsrv *server, int num_processes);
 
 /* Accepts on listening sockets made elsewhere; the server owns them, also when this fails. */
@@ -9943,11 +9949,11 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_EOF, "the peer has finished" },
     { TCPSRV_ECLOSED, "closed on this side" },
     { TCPSRV_ECANCELED, "cancelled" },
-    { TCPSRV_EBUSY, "another call waits" },
+    { TCPSRV_EBUSY, "not now: another call waits or came before" },
     { TCPSRV_ETOOBIG, "the message is too long" },
     { TCPSRV_EBUFFULL, "the buffers are full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
-    { TCPSRV_ENOTCORO, "outside a coroutine in a running loop" },
+    { TCPSRV_ENOTCORO, "only a coroutine can wait here" },
     { TCPSRV_EREFUSED, "refused by the framing" },
     { TCPSRV__EPROXY, "not a PROXY header" },
     { TCPSRV__EUNTRUSTED, "not a trusted proxy" },
@@ -10381,7 +10387,8 @@ static TCPSRV__COLD int tcpsrv__find_all(tcpsrv__race *race,
     tcpsrv__lookup *lookup;
     int err;
     if (options->path) return tcpsrv__find_path(race, options->path);
-    tcpsrv__race_says(race, "connect", options->host, options->port);
+    tcpsrv__race_says(race, "connect", options->host && *options->host ? options->host :
+                      "(no host)", options->port);
     if (!options->host || !*options->host || options->port <= 0 || options->port > 65535 ||
         options->source_port < 0 || options->source_port > 65535)
         return -EINVAL;

@@ -355,6 +355,21 @@ emulated() { # processor as qemu names it, compiler
     units_run "qemu-$1" "$2" -O1 -static
 }
 
+after_each_header() { # compiler, flags: compiles after it, or says what to do
+    need "$1"
+    for header in stdlib signal time unistd fcntl pthread sched netdb sys/mman sys/stat sys/wait; do
+        (echo "#include <$header.h>" && cat "$tmp/src/late.c") >"$o/after.c"
+        "$@" -Wall -Wextra -Wpedantic -Werror -fsyntax-only -I "$tmp/src" "$o/after.c" \
+            2>"$o/errors" && continue
+        case $* in *-std=c99*)
+            grep -m 1 'error' "$o/errors" | grep -q 'read in strict ISO mode before' && continue
+        esac
+        echo "after $header.h:"
+        cat "$o/errors"
+        return 1
+    done
+}
+
 example() { # by the compile line of its own first comment, and strictly
     mkdir -p "$o/examples"
     cp tcpserver.h "$o/"
@@ -445,6 +460,10 @@ rows() {
             -std=c99 $pedantic
         row "$short: after sys/socket.h" build_and_run "$cc" later.c
     done
+    row "after each system header, no flags" after_each_header "$GCC"
+    row "after each system header, -std=c99" after_each_header "$GCC" -std=c99
+    row "after each system header, strict POSIX" after_each_header "$GCC" -std=c99 \
+        -D_POSIX_C_SOURCE=200809L
     row "after stdio.h, strict POSIX" build_and_run "$GCC" late.c -std=c99 \
         -D_POSIX_C_SOURCE=200809L
     row "gcc: between hostile macros" build "$GCC" hostile.c
