@@ -778,6 +778,39 @@ static void burst_body(void) {
     turns(3);
 }
 
+static void on_megabyte(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *user) {
+    if (err) tcpsrv_close(stream);
+    else CHECK_INT(tcpsrv_read(stream, tcpsrv_exactly(bytes.size), on_megabyte, user), 0);
+}
+
+static int take_megabytes(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_exactly(1000000), on_megabyte, user);
+}
+
+static void a_turn_receives_only_so_much_of_a_flood(void) {
+    static char flood[100000];
+    tcpsrv_options options = options_for(0);
+    tcpsrv_stats before, after;
+    int fd, i, size = 4 << 20;
+    options.on_stream = take_megabytes;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
+    turns(3);
+    for (i = 0; i < 100; i++) {
+        while (send(fd, flood, sizeof flood, MSG_DONTWAIT | MSG_NOSIGNAL) > 0) continue;
+        tcpsrv_get_stats(server, &before);
+        turns(1);
+        tcpsrv_get_stats(server, &after);
+        CHECK(after.bytes_read - before.bytes_read <= 2 * 262144);
+    }
+    CHECK(after.bytes_read > sizeof flood);
+    close(fd);
+    turns(3);
+    end();
+}
+
 static void a_turn_serves_only_so_much_of_a_pipeline(void) {
     both(burst_body);
 }
@@ -854,6 +887,7 @@ int main(int argc, char **argv) {
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
         TEST(lines_that_come_together_are_answered_in_their_order),
         TEST(sockets_that_wait_for_start_have_ports_and_are_closed_by_stop),
+        TEST(a_turn_receives_only_so_much_of_a_flood),
         TEST(a_turn_serves_only_so_much_of_a_pipeline),
         TEST(a_busy_pipeline_does_not_starve_others),
         TEST(a_failed_allocation_costs_one_connection_at_most),
