@@ -778,6 +778,65 @@ static void burst_body(void) {
     turns(3);
 }
 
+/* Each of three ways to write, for each line. */
+static void on_line_write_thrice(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    if (err) {
+        tcpsrv_close(stream);
+        return;
+    }
+    CHECK_INT(tcpsrv_write(stream, line.data, 1), 0);
+    CHECK_INT(tcpsrv_try_write(stream, line.data + 1, 1), 0);
+    CHECK_INT(tcpsrv_write(stream, line.data + 2, 1), 0);
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line_write_thrice, user), 0);
+}
+
+static int write_thrice(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line_write_thrice, user);
+}
+
+static void no_way_to_write_overtakes_another(void) {
+    tcpsrv_options options = options_for(0);
+    int fd, i;
+    options.on_stream = write_thrice;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    turns(3);
+    for (i = 0; i < 5; i++) {
+        ask(fd, "abc\ndef\n");
+        expect(fd, "abcdef");
+    }
+    close(fd);
+    turns(3);
+    end();
+}
+
+static void count_stream(tcpsrv_stream *stream, void *count) {
+    (void)stream;
+    ++*(int *)count;
+}
+
+static void close_each(tcpsrv_stream *stream, void *arg) {
+    (void)arg;
+    tcpsrv_close(stream);
+}
+
+static void foreach_does_not_tell_of_streams_that_close(void) {
+    tcpsrv_options options = options_for(0);
+    int fd, count = 0;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    turns(3);
+    tcpsrv_foreach(server, count_stream, &count);
+    CHECK_INT(count, 1);
+    tcpsrv_foreach(server, close_each, NULL);
+    tcpsrv_foreach(server, count_stream, &count);
+    CHECK_INT(count, 1);
+    close(fd);
+    turns(3);
+    end();
+}
+
 static void on_megabyte(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *user) {
     if (err) tcpsrv_close(stream);
     else CHECK_INT(tcpsrv_read(stream, tcpsrv_exactly(bytes.size), on_megabyte, user), 0);
@@ -887,6 +946,8 @@ int main(int argc, char **argv) {
         TEST(a_peer_that_does_not_read_is_held_back_and_loses_nothing),
         TEST(lines_that_come_together_are_answered_in_their_order),
         TEST(sockets_that_wait_for_start_have_ports_and_are_closed_by_stop),
+        TEST(no_way_to_write_overtakes_another),
+        TEST(foreach_does_not_tell_of_streams_that_close),
         TEST(a_turn_receives_only_so_much_of_a_flood),
         TEST(a_turn_serves_only_so_much_of_a_pipeline),
         TEST(a_busy_pipeline_does_not_starve_others),

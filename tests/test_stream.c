@@ -1014,6 +1014,20 @@ static void a_write_torn_by_lack_of_memory_ends_the_stream_with_a_reset(void) {
     end();
 }
 
+static void a_formatted_text_of_any_length_is_whole(void) {
+    enum { CAPACITY = 2048 - TCPSRV__BLOCK_HEAD };
+    char back[CAPACITY + 16];
+    int size;
+    begin();
+    for (size = CAPACITY - 2; size < CAPACITY + 3; size++) {
+        CHECK_INT(tcpsrv_printf(stream, "%*s", size, "x"), 0);
+        CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+        CHECK_INT(recv(raw, back, sizeof back, 0), size);
+        CHECK_INT(back[size - 1], 'x');
+    }
+    end();
+}
+
 static void a_hung_up_stream_is_found_after_others_have_gone(void) {
     tcpsrv_stream *other;
     int fds[4], i;
@@ -1079,6 +1093,7 @@ int main(int argc, char **argv) {
         TEST(a_long_line_in_pieces_is_searched_once),
         TEST(any_failed_allocation_is_a_code),
         TEST(a_write_torn_by_lack_of_memory_ends_the_stream_with_a_reset),
+        TEST(a_formatted_text_of_any_length_is_whole),
         TEST(a_hung_up_stream_is_found_after_others_have_gone),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
