@@ -1032,7 +1032,7 @@ static void *tcpsrv__alloc(size_t size) {
     return memory;
 }
 
-static void tcpsrv__free(void *memory) {
+static TCPSRV__NOINLINE void tcpsrv__free(void *memory) {
     void *ignored;
     if (!memory) return;
     ignored = TCPSERVER_REALLOC(memory, 0);
@@ -1110,6 +1110,15 @@ static void tcpsrv__log_default(int level, const char *line) {
 
 /* ---- system calls ---------------------------------------------------------------------------- */
 
+/* A call's result, -1 of which becomes the code. */
+static TCPSRV__NOINLINE int tcpsrv__failed(void) {
+    return -errno;
+}
+
+static TCPSRV__APART int tcpsrv__sys_result(int result) {
+    return result < 0 ? tcpsrv__failed() : result;
+}
+
 static uint64_t tcpsrv__clock_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -1137,18 +1146,18 @@ static long tcpsrv__sys_pid(void) {
 
 static int tcpsrv__set_cloexec_nonblock(int fd) {
     int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) return -errno;
-    return fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -errno : 0;
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) return tcpsrv__failed();
+    return tcpsrv__sys_result(fcntl(fd, F_SETFD, FD_CLOEXEC));
 }
 
 static int tcpsrv__sys_is_nonblocking(int fd) {
     int flags = fcntl(fd, F_GETFL);
-    return flags < 0 ? -errno : (flags & O_NONBLOCK) != 0;
+    return flags < 0 ? tcpsrv__failed() : (flags & O_NONBLOCK) != 0;
 }
 
 static int tcpsrv__sys_set_nonblocking(int fd) {
     int flags = fcntl(fd, F_GETFL);
-    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? tcpsrv__failed() : 0;
 }
 
 static void tcpsrv__sys_set_blocking(int fd) {
@@ -1158,7 +1167,7 @@ static void tcpsrv__sys_set_blocking(int fd) {
 
 static int tcpsrv__sys_dup(int fd) {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    return copy < 0 ? -errno : copy;
+    return tcpsrv__sys_result(copy);
 }
 
 static void tcpsrv__sys_close(int fd) {
@@ -1179,7 +1188,7 @@ static size_t tcpsrv__sys_descriptor_limit(void) {
 static TCPSRV__NOINLINE long tcpsrv__sys_receive_again(int fd, void *memory, size_t size) {
     ssize_t n = -1;
     while (n < 0 && errno == EINTR) n = read(fd, memory, size);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
@@ -1190,7 +1199,7 @@ TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
 static TCPSRV__NOINLINE long tcpsrv__sys_send_again(int fd, const void *memory, size_t size) {
     ssize_t n = -1;
     while (n < 0 && errno == EINTR) n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 TCPSRV__INLINE long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
@@ -1203,7 +1212,7 @@ static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
     do
         n = count == 1 ? read(fd, pieces[0].iov_base, pieces[0].iov_len) : readv(fd, pieces, count);
     while (n < 0 && errno == EINTR);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 /* To sockets only: nothing can raise SIGPIPE here. */
@@ -1217,7 +1226,7 @@ static long tcpsrv__sys_send(int fd, const struct iovec *pieces, int count) {
     do
         n = sendmsg(fd, &message, TCPSRV__SEND_FLAGS);
     while (n < 0 && errno == EINTR);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 /* SIGPIPE is blocked for the thread around calls that have no flag against it, and one that they
@@ -1256,7 +1265,7 @@ static long tcpsrv__sys_writev(int fd, const struct iovec *pieces, int count) {
         n = writev(fd, pieces, count);
     while (n < 0 && errno == EINTR);
     tcpsrv__sigpipe_restore(&guard, n < 0 && errno == EPIPE);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 static long tcpsrv__sys_pread(int fd, void *memory, size_t size, int64_t offset) {
@@ -1264,7 +1273,7 @@ static long tcpsrv__sys_pread(int fd, void *memory, size_t size, int64_t offset)
     do
         n = pread(fd, memory, size, (off_t)offset);
     while (n < 0 && errno == EINTR);
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
 /* Bytes sent, 0 at the file's end, or -errno; -ENOTSUP where the system has no such call. */
@@ -1279,20 +1288,20 @@ static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t
     while (n < 0 && errno == EINTR);
     tcpsrv__sigpipe_restore(&guard, n < 0 && errno == EPIPE);
     if (n < 0 && (errno == EINVAL || errno == ENOSYS)) return -ENOTSUP;
-    return n < 0 ? -errno : (long)n;
+    return n < 0 ? tcpsrv__failed() : (long)n;
 }
 #elif defined(__APPLE__)
 static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
     off_t sent = (off_t)size;
     int failed = sendfile(file, socket_fd, (off_t)offset, &sent, NULL, 0);
-    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : -errno;
+    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : tcpsrv__failed();
     return (long)sent;
 }
 #elif defined(__FreeBSD__)
 static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t size) {
     off_t sent = 0;
     int failed = sendfile(file, socket_fd, (off_t)offset, size, NULL, &sent, 0);
-    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : -errno;
+    if (failed && sent == 0) return errno == EINTR ? -EAGAIN : tcpsrv__failed();
     return (long)sent;
 }
 #else
@@ -1306,15 +1315,16 @@ static long tcpsrv__sys_sendfile(int socket_fd, int file, int64_t offset, size_t
 #if TCPSRV__HAVE_ACCEPT4
 static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *size) {
     int fd = accept4(listener, peer, size, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    return fd < 0 ? -errno : fd;
+    return tcpsrv__sys_result(fd);
 }
 #else
 static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *size) {
     int on = 1, err, fd = accept(listener, peer, size);
-    if (fd < 0) return -errno;
+    if (fd < 0) return tcpsrv__failed();
     err = tcpsrv__set_cloexec_nonblock(fd);
 #ifdef SO_NOSIGPIPE
-    if (!err && setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on) != 0) err = -errno;
+    if (!err)
+        err = tcpsrv__sys_result(setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on));
 #endif
     (void)on;
     if (err) tcpsrv__sys_close(fd);
@@ -1335,13 +1345,13 @@ static void tcpsrv__sys_reset_on_close(int fd) {
 }
 
 static int tcpsrv__sys_nodelay(int fd, int on) {
-    return setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
 }
 
 static int tcpsrv__sys_listens(int fd) {
     int on = 0;
     socklen_t size = sizeof on;
-    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) != 0) return -errno;
+    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) != 0) return tcpsrv__failed();
     return on ? 0 : -EINVAL;
 }
 
@@ -1351,11 +1361,11 @@ static size_t tcpsrv__sys_unread(int fd) {
 }
 
 static int tcpsrv__sys_name(int fd, struct sockaddr_storage *name, socklen_t *size) {
-    return getsockname(fd, (struct sockaddr *)name, size) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(getsockname(fd, (struct sockaddr *)name, size));
 }
 
 static int tcpsrv__sys_peer_name(int fd, struct sockaddr_storage *name, socklen_t *size) {
-    return getpeername(fd, (struct sockaddr *)name, size) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(getpeername(fd, (struct sockaddr *)name, size));
 }
 
 /* Whether a connect has come to its end, well. */
@@ -1367,14 +1377,14 @@ static int tcpsrv__sys_connected(int fd) {
 
 static int tcpsrv__sys_is_socket(int fd) {
     struct stat status;
-    if (fstat(fd, &status) != 0) return -errno;
+    if (fstat(fd, &status) != 0) return tcpsrv__failed();
     return S_ISSOCK(status.st_mode) ? 1 : 0;
 }
 
 /* As epoll says it: a file or directory is always ready, and cannot be waited for. */
 static TCPSRV__UNUSED int tcpsrv__sys_can_wait(int fd) {
     struct stat status;
-    if (fstat(fd, &status) != 0) return -errno;
+    if (fstat(fd, &status) != 0) return tcpsrv__failed();
     return S_ISREG(status.st_mode) || S_ISDIR(status.st_mode) ? -EPERM : 0;
 }
 
@@ -1413,12 +1423,12 @@ typedef struct tcpsrv__waker {
 #if TCPSRV__LINUX
 static int tcpsrv__waker_open(tcpsrv__waker *waker) {
     waker->read_fd = waker->write_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    return waker->read_fd < 0 ? -errno : 0;
+    return waker->read_fd < 0 ? tcpsrv__failed() : 0;
 }
 #else
 static int tcpsrv__waker_open(tcpsrv__waker *waker) {
     int fds[2], err;
-    if (pipe(fds) != 0) return -errno;
+    if (pipe(fds) != 0) return tcpsrv__failed();
     err = tcpsrv__set_cloexec_nonblock(fds[0]);
     if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
     waker->read_fd = fds[0];
@@ -1505,7 +1515,7 @@ static int tcpsrv__sys_catch_signal(int signo, int write_fd) {
     TCPSRV__STORE(&tcpsrv__signal_fd[signo], write_fd + 1);
     if (sigaction(signo, &action, &tcpsrv__signal_before[signo]) == 0) return 0;
     TCPSRV__STORE(&tcpsrv__signal_fd[signo], 0);
-    return -errno;
+    return tcpsrv__failed();
 }
 
 static void tcpsrv__sys_restore_signal(int signo) {
@@ -1823,11 +1833,11 @@ static void tcpsrv__sys_unmap(char *memory, size_t size) {
 #if TCPSRV__LINUX
 static int tcpsrv__sys_guard(char *memory, size_t size) {
     if (madvise(memory, size, TCPSRV__GUARD_INSTALL) == 0) return 0;
-    return mprotect(memory, size, PROT_NONE) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(mprotect(memory, size, PROT_NONE));
 }
 #else
 static int tcpsrv__sys_guard(char *memory, size_t size) {
-    return mprotect(memory, size, PROT_NONE) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(mprotect(memory, size, PROT_NONE));
 }
 #endif
 
@@ -1885,15 +1895,16 @@ void __tsan_switch_to_fiber(void *fiber, unsigned flags);
 #if TCPSRV__HAVE_ACCEPT4
 static int tcpsrv__sys_socket(int family) {
     int fd = socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    return fd < 0 ? -errno : fd;
+    return tcpsrv__sys_result(fd);
 }
 #else
 static int tcpsrv__sys_socket(int family) {
     int err, on = 1, fd = socket(family, SOCK_STREAM, 0);
-    if (fd < 0) return -errno;
+    if (fd < 0) return tcpsrv__failed();
     err = tcpsrv__set_cloexec_nonblock(fd);
 #ifdef SO_NOSIGPIPE
-    if (!err && setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on) != 0) err = -errno;
+    if (!err)
+        err = tcpsrv__sys_result(setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on));
 #endif
     (void)on;
     if (err) tcpsrv__sys_close(fd);
@@ -1902,7 +1913,7 @@ static int tcpsrv__sys_socket(int family) {
 #endif
 
 static int tcpsrv__sys_option(int fd, int level, int option, int value) {
-    return setsockopt(fd, level, option, &value, sizeof value) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(setsockopt(fd, level, option, &value, sizeof value));
 }
 
 /* SO_REUSEPORT that shares connections out; other systems give all to the last one bound. */
@@ -1921,43 +1932,43 @@ static int tcpsrv__sys_option(int fd, int level, int option, int value) {
 #endif
 
 static int tcpsrv__sys_bind(int fd, const struct sockaddr *name, socklen_t size) {
-    return bind(fd, name, size) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(bind(fd, name, size));
 }
 
 static int tcpsrv__sys_listen(int fd, int backlog) {
-    return listen(fd, backlog) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(listen(fd, backlog));
 }
 
 /* 0: connected; 1: it goes on in the background, also after EINTR (connect(2)). */
 static int tcpsrv__sys_connect(int fd, const struct sockaddr *name, socklen_t size) {
     if (connect(fd, name, size) == 0) return 0;
-    return errno == EINPROGRESS || errno == EINTR ? 1 : -errno;
+    return errno == EINPROGRESS || errno == EINTR ? 1 : tcpsrv__failed();
 }
 
 static int tcpsrv__socket_error(int fd) {
     int err = 0;
     socklen_t size = sizeof err;
-    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &size) != 0) return -errno;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &size) != 0) return tcpsrv__failed();
     return -err;
 }
 
 static int tcpsrv__sys_lstat(const char *path, struct stat *status) {
-    return lstat(path, status) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(lstat(path, status));
 }
 
 static int tcpsrv__sys_chmod(const char *path, unsigned mode) {
-    return chmod(path, (mode_t)mode) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(chmod(path, (mode_t)mode));
 }
 
 static int tcpsrv__sys_unlink(const char *path) {
-    return unlink(path) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(unlink(path));
 }
 
 /* The resolver's codes are negative here and positive there. */
 static int tcpsrv__sys_resolve(const char *host, const char *port, const struct addrinfo *hints,
                                struct addrinfo **list) {
     int code = getaddrinfo(host, port, hints, list);
-    if (code == EAI_SYSTEM) return errno ? -errno : -EIO;
+    if (code == EAI_SYSTEM) return errno ? tcpsrv__failed() : -EIO;
     if (code == EAI_MEMORY) return -ENOMEM;
     return code == 0 ? 0 : TCPSRV_ERESOLVE - (code < 0 ? -code : code);
 }
@@ -2014,7 +2025,7 @@ static long tcpsrv__sys_fork(void) {
     pid_t pid;
     fflush(NULL); /* what is buffered must not leave twice */
     pid = fork();
-    return pid < 0 ? -errno : (long)pid;
+    return pid < 0 ? tcpsrv__failed() : (long)pid;
 }
 
 static void tcpsrv__sys_kill(long pid, int signo) {
@@ -2032,7 +2043,7 @@ static int tcpsrv__sys_reap(long pid, int *status, int block) {
 
 static int tcpsrv__sys_pipe(int fds[2]) {
     int err;
-    if (pipe(fds) != 0) return -errno;
+    if (pipe(fds) != 0) return tcpsrv__failed();
     err = tcpsrv__set_cloexec_nonblock(fds[0]);
     if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
     if (!err) return 0;
@@ -2104,20 +2115,21 @@ static void tcpsrv__sys_clear_variable(const char *name) {
 }
 
 static int tcpsrv__sys_close_on_exec(int fd) {
-    return fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 ? -errno : 0;
+    return tcpsrv__sys_result(fcntl(fd, F_SETFD, FD_CLOEXEC));
 }
 
 /* One datagram; waits a second at most for room in the receiver's queue. */
 static int tcpsrv__sys_tell(const struct sockaddr *name, socklen_t size, const char *text) {
     struct timeval limit;
     int err = 0, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-    if (fd < 0) return -errno;
+    if (fd < 0) return tcpsrv__failed();
     limit.tv_sec = 1;
     limit.tv_usec = 0;
     err = tcpsrv__sys_close_on_exec(fd);
-    if (!err && setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) != 0) err = -errno;
+    if (!err)
+        err = tcpsrv__sys_result(setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit));
     while (!err && sendto(fd, text, strlen(text), TCPSRV__SEND_FLAGS, name, size) < 0)
-        if (errno != EINTR) err = -errno;
+        if (errno != EINTR) err = tcpsrv__failed();
     tcpsrv__sys_close(fd);
     return err;
 }
@@ -2127,7 +2139,7 @@ static void tcpsrv__sys_set_variable(const char *name, const char *value) {
 }
 
 static int tcpsrv__sys_mkdir(const char *path) {
-    return mkdir(path, 0700) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(mkdir(path, 0700));
 }
 
 static void tcpsrv__sys_rmdir(const char *path) {
@@ -2136,7 +2148,7 @@ static void tcpsrv__sys_rmdir(const char *path) {
 
 static int tcpsrv__sys_datagrams(void) {
     int err, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-    if (fd < 0) return -errno;
+    if (fd < 0) return tcpsrv__failed();
     err = tcpsrv__set_cloexec_nonblock(fd);
     if (err) tcpsrv__sys_close(fd);
     return err ? err : fd;
@@ -2151,15 +2163,15 @@ static int tcpsrv__sys_datagrams(void) {
 #endif
 static int tcpsrv__sys_watch_exit(long pid) {
     long fd = syscall(TCPSRV__PIDFD_OPEN, pid, 0);
-    return fd < 0 ? -errno : (int)fd;
+    return fd < 0 ? tcpsrv__failed() : (int)fd;
 }
 #elif defined(EVFILT_PROC)
 static int tcpsrv__sys_watch_exit(long pid) {
     struct kevent change;
     int err = 0, fd = kqueue();
-    if (fd < 0) return -errno;
+    if (fd < 0) return tcpsrv__failed();
     EV_SET(&change, (uintptr_t)pid, EVFILT_PROC, EV_ADD | EV_ONESHOT, NOTE_EXIT, 0, 0);
-    if (kevent(fd, &change, 1, NULL, 0, NULL) < 0) err = -errno;
+    if (kevent(fd, &change, 1, NULL, 0, NULL) < 0) err = tcpsrv__failed();
     if (!err) err = tcpsrv__sys_close_on_exec(fd);
     if (err) tcpsrv__sys_close(fd);
     return err ? err : fd;
@@ -2199,10 +2211,10 @@ static int tcpsrv__launch_fds(tcpsrv__launch *launch) {
     launch->words_fd = fcntl(launch->words_fd, F_DUPFD_CLOEXEC, last);
     for (i = 0; i < launch->count; i++) {
         launch->fds[i] = fcntl(launch->fds[i], F_DUPFD_CLOEXEC, last);
-        if (launch->fds[i] < 0) return -errno;
+        if (launch->fds[i] < 0) return tcpsrv__failed();
     }
     for (i = 0; i < launch->count; i++)
-        if (dup2(launch->fds[i], launch->first + i) < 0) return -errno;
+        if (dup2(launch->fds[i], launch->first + i) < 0) return tcpsrv__failed();
     return 0;
 }
 
@@ -2213,7 +2225,7 @@ static void tcpsrv__launch_become(tcpsrv__launch *launch) {
     TCPSRV__ENVIRON = launch->environment;
     if (!err) {
         execvp(launch->argv[0], launch->argv);
-        err = -errno;
+        err = tcpsrv__failed();
     }
     tcpsrv__print_number(words + 6, -err);
     sendto(launch->words_fd, words, strlen(words), TCPSRV__SEND_FLAGS,
@@ -2264,7 +2276,7 @@ static char *const *tcpsrv__upgrade_wanted;
 #ifdef TCPSERVER_TLS
 
 static int tcpsrv__sys_random(void *memory, size_t size) {
-    return getentropy(memory, size) == 0 ? 0 : -errno;
+    return getentropy(memory, size) == 0 ? 0 : tcpsrv__failed();
 }
 
 static int64_t tcpsrv__sys_unix_time(void) {
@@ -2278,8 +2290,8 @@ static TCPSRV__COLD int tcpsrv__sys_read_file(const char *path, char *memory, si
     size_t most = *size, n = 0;
     ssize_t got = 1;
     int err = 0, fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return -errno;
-    if (fstat(fd, &status) != 0) err = -errno;
+    if (fd < 0) return tcpsrv__failed();
+    if (fstat(fd, &status) != 0) err = tcpsrv__failed();
     else if (S_ISDIR(status.st_mode)) err = -EISDIR;
     else if (!S_ISREG(status.st_mode)) err = -EINVAL;
     else if ((uint64_t)status.st_size > most) err = -EFBIG;
@@ -2288,7 +2300,7 @@ static TCPSRV__COLD int tcpsrv__sys_read_file(const char *path, char *memory, si
     while (!err && memory && n < most && got > 0) {
         got = read(fd, memory + n, most - n);
         if (got > 0) n += (size_t)got;
-        if (got < 0) err = -errno;
+        if (got < 0) err = tcpsrv__failed();
     }
     close(fd);
     *size = n;
@@ -2327,7 +2339,7 @@ static int tcpsrv__poller_control(tcpsrv__poller *poller, int op, int fd, uint32
     struct epoll_event event;
     event.events = events;
     event.data.u64 = (uint64_t)id;
-    return epoll_ctl(poller->fd, op, fd, &event) != 0 ? -errno : 0;
+    return tcpsrv__sys_result(epoll_ctl(poller->fd, op, fd, &event));
 }
 
 static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
@@ -2728,7 +2740,7 @@ typedef struct tcpsrv__class {
     void (*flush)(tcpsrv__source *source);    /* its turn on the flush list */
     void (*cancel)(tcpsrv__source *source);   /* tcpsrv_cancel; NULL: not by that */
     void (*drop)(tcpsrv__source *source);     /* the loop is being freed */
-    void (*destroy)(tcpsrv__source *source);  /* give back its memory */
+    void (*destroy)(tcpsrv__source *source);  /* give back its memory; NULL: begins with it */
 } tcpsrv__class;
 
 struct tcpsrv__source {
@@ -2951,7 +2963,8 @@ static TCPSRV__COLD void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
     while (loop->gone) {
         tcpsrv__source *source = loop->gone;
         loop->gone = source->ready_next;
-        source->type->destroy(source);
+        if (source->type->destroy) source->type->destroy(source);
+        else tcpsrv__free(source);
     }
 }
 
@@ -3307,12 +3320,8 @@ static TCPSRV__COLD void tcpsrv__call_cancel(tcpsrv__source *source) {
     tcpsrv__source_end(source);
 }
 
-static TCPSRV__COLD void tcpsrv__call_destroy(tcpsrv__source *source) {
-    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__call, source, source));
-}
-
 static const tcpsrv__class tcpsrv__call_class = {
-    NULL, NULL, NULL, tcpsrv__call_cancel, tcpsrv__call_cancel, tcpsrv__call_destroy
+    NULL, NULL, NULL, tcpsrv__call_cancel, tcpsrv__call_cancel, NULL
 };
 
 /* The first point of the grid that has not passed. */
@@ -3397,13 +3406,8 @@ static TCPSRV__COLD void tcpsrv__watch_cancel(tcpsrv__source *source) {
     tcpsrv__source_end(source);
 }
 
-static TCPSRV__COLD void tcpsrv__watch_destroy(tcpsrv__source *source) {
-    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__watch, source, source));
-}
-
 static const tcpsrv__class tcpsrv__watch_class = {
-    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, tcpsrv__watch_cancel,
-    tcpsrv__watch_destroy
+    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, tcpsrv__watch_cancel, NULL
 };
 
 TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
@@ -10119,10 +10123,6 @@ static TCPSRV__COLD void tcpsrv__attempt_drop(tcpsrv__source *source) {
     tcpsrv__sys_close(tcpsrv__attempt_end(TCPSRV__CONTAINER(tcpsrv__attempt, source, source)));
 }
 
-static TCPSRV__COLD void tcpsrv__attempt_destroy(tcpsrv__source *source) {
-    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__attempt, source, source));
-}
-
 static TCPSRV__COLD void tcpsrv__race_give_up(tcpsrv_stream *stream) {
     tcpsrv__race *race = tcpsrv__race_of(stream);
     tcpsrv__timer_cancel(stream->source.loop, &race->timer);
@@ -10207,7 +10207,7 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
 static void tcpsrv__attempt_event(tcpsrv__source *source, int events);
 
 static const tcpsrv__class tcpsrv__attempt_class = {
-    tcpsrv__attempt_event, NULL, NULL, NULL, tcpsrv__attempt_drop, tcpsrv__attempt_destroy
+    tcpsrv__attempt_event, NULL, NULL, NULL, tcpsrv__attempt_drop, NULL
 };
 
 /* 0, and the loop tells of it; or a code, and the descriptor is the caller's still. */
@@ -11184,10 +11184,6 @@ static TCPSRV__COLD void tcpsrv__listener_close(tcpsrv__source *source) {
     tcpsrv__source_end(source);
 }
 
-static TCPSRV__COLD void tcpsrv__listener_destroy(tcpsrv__source *source) {
-    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__listener, source, source));
-}
-
 static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv__listener, source, source)->server;
     tcpsrv__listener_close(source);
@@ -11195,7 +11191,7 @@ static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__listener_class = {
-    tcpsrv__accept_event, NULL, NULL, NULL, tcpsrv__listener_drop, tcpsrv__listener_destroy
+    tcpsrv__accept_event, NULL, NULL, NULL, tcpsrv__listener_drop, NULL
 };
 
 static int tcpsrv__listener_add(tcpsrv *server, int fd) {
@@ -12078,12 +12074,8 @@ static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int event
         tcpsrv_drain(server, upgrade->drain_ms);
 }
 
-static TCPSRV__COLD void tcpsrv__upgrade_destroy(tcpsrv__source *source) {
-    tcpsrv__free(TCPSRV__CONTAINER(tcpsrv__upgrade, source, source));
-}
-
 static const tcpsrv__class tcpsrv__upgrade_class = {
-    tcpsrv__upgrade_words, NULL, NULL, NULL, tcpsrv__upgrade_end, tcpsrv__upgrade_destroy
+    tcpsrv__upgrade_words, NULL, NULL, NULL, tcpsrv__upgrade_end, NULL
 };
 
 /* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
