@@ -2793,12 +2793,17 @@ enum { TCPSRV__TELL_MS = 100 };
 
 struct tcpsrv_loop {
     uint64_t now, turn;
-    uint64_t longest_turn;      /* since somebody asked, which sets measured */
     tcpsrv__co *current;        /* the running coroutine; NULL: a callback, or nothing */
+    tcpsrv_stream *corked;      /* the stream whose output gathers in the outbox, >>stream */
+    char *outbox_at;
+    tcpsrv__block *inbox, *outbox; /* NULL: made at the next need */
+    size_t outbox_room;
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
-    size_t ready_count;
     tcpsrv__slot *slots;
+    tcpsrv__stack_pool *stacks; /* >>coroutine */
     uint32_t slot_count, slot_capacity, free_slot, released_slot;
+    size_t ready_count;
+    uint64_t longest_turn;      /* since somebody asked, which sets measured */
     tcpsrv__heap_entry *heap;
     size_t heap_count, heap_capacity;
     uint64_t timer_sequence;
@@ -2813,12 +2818,7 @@ struct tcpsrv_loop {
     tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
     tcpsrv__block *pool[TCPSRV__CLASSES];
     unsigned pool_count[TCPSRV__CLASSES];
-    tcpsrv_stream *corked;      /* the stream whose output gathers in the outbox, >>stream */
-    tcpsrv__block *inbox, *outbox; /* NULL: made at the next need */
-    char *outbox_at;
-    size_t outbox_room;
     int has_boxes;
-    tcpsrv__stack_pool *stacks; /* >>coroutine */
     void *links;                /* what a transport keeps for its streams */
     void (*links_free)(void *links);
     int64_t *ended;             /* ring of coroutines that nobody has joined */
@@ -4638,26 +4638,12 @@ typedef struct tcpsrv__extra {
 } tcpsrv__extra;
 
 /* An idle connection is little more than this, so that its size is kept small. */
-struct tcpsrv_stream {
+struct tcpsrv_stream { /* what is used most comes first: there instructions are short */
     tcpsrv__source source;
     tcpsrv__owner *owner;
-    void *user;
+    tcpsrv__extra *extra;
     tcpsrv__block *in;              /* NULL: nothing buffered, nothing viewed */
     tcpsrv__queue out;
-    tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
-    void *read_arg;
-    tcpsrv_extent want;
-    size_t want_max;
-    void *want_memory;
-    size_t progress;                /* bytes searched, or filled, or the length that is awaited */
-    tcpsrv__extra *extra;
-    uint16_t receive_turn;
-    int16_t error;                  /* why it is dead */
-    uint8_t burst, want_kind;
-    uint16_t peer_port;
-    uint32_t charged;               /* what it holds, in units */
-    uint32_t since;                 /* the turn since when it does */
-    uint32_t peer_ip;               /* IPv4; of IPv6 the zone, its address lies behind the stream */
     unsigned dead : 1;              /* the descriptor is closed */
     unsigned closing : 1, cancelled : 1, connecting : 1, unpolled : 1;
     unsigned ended : 1;             /* the peer has finished, the poller says */
@@ -4683,6 +4669,18 @@ struct tcpsrv_stream {
     unsigned owes : 1;              /* the transport has bytes of its own to send */
     unsigned armed : 1;             /* the poller tells edges of writability */
     unsigned peer_kind : 2;         /* as tcpsrv__families */
+    uint16_t receive_turn;
+    int16_t error;                  /* why it is dead */
+    uint8_t burst, want_kind;
+    uint16_t peer_port;
+    uint32_t charged;               /* what it holds, in units */
+    tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
+    tcpsrv_extent want;
+    size_t progress;                /* bytes searched, or filled, or the length that is awaited */
+    size_t want_max;
+    void *want_memory, *read_arg, *user;
+    uint32_t since;                 /* the turn since when it holds something */
+    uint32_t peer_ip;               /* IPv4; of IPv6 the zone, its address lies behind the stream */
 };
 
 typedef struct tcpsrv__stream6 {    /* what every stream of an IPv6 peer is part of */
