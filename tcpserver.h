@@ -4593,18 +4593,18 @@ typedef struct tcpsrv__transport {
 
 /* What streams of one server have in common; a stream without a server has one of its own. */
 typedef struct tcpsrv__owner {
-    tcpsrv_options options;         /* with the defaults filled in */
     size_t gather_max;              /* queued output up to which a write only gathers */
     size_t receive_max;             /* of one receive into a block of the usual size */
     uint64_t idle_ns, close_ns;
     int draining;                   /* 2: also what has not had a message yet */
     int full;                       /* at memory_limit: nothing is received, */
     int64_t favoured;               /* but by the stream with this id */
-    tcpsrv_stats stats;
     /* What a stream holds has changed; NULL: there is no limit. */
     void (*weigh)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int freed);
     void (*gone)(struct tcpsrv__owner *owner, tcpsrv_stream *stream); /* NULL: free its memory */
     void (*not_ready)(struct tcpsrv__owner *owner, tcpsrv_stream *stream, int code); /* died so */
+    tcpsrv_options options;         /* with the defaults filled in */
+    tcpsrv_stats stats;
 } tcpsrv__owner;
 
 typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
@@ -10493,7 +10493,6 @@ typedef struct tcpsrv__drain_signal {
 
 struct tcpsrv {
     tcpsrv__source source;
-    tcpsrv__owner owner;            /* streams know their server by it */
     tcpsrv_loop *loop;              /* NULL: not started, or the loop was freed */
     tcpsrv *next;                   /* of the loop's servers */
     tcpsrv__listener *listeners;
@@ -10511,6 +10510,7 @@ struct tcpsrv {
     tcpsrv__drain_signal *drain_signals;
     tcpsrv__network *trusted;       /* and the text they were read from */
     size_t trusted_count;
+    tcpsrv__owner owner;            /* streams know their server by it */
     tcpsrv__crowds crowds;
     tcpsrv__log_cause causes[TCPSRV__LOG_CAUSES];
 };
@@ -11781,13 +11781,13 @@ static TCPSRV__COLD const char *tcpsrv__status_text(int status, char *text) {
    would do it, so that any program that knows how to be one's service can be a successor. */
 typedef struct tcpsrv__successor {
     long pid;                       /* 0: none */
-    char program[100];
     int *fds, count;                /* the listening sockets, that stay those of this process */
     int words_fd;                   /* its NOTIFY_SOCKET; -1: none */
-    char place[sizeof(struct sockaddr_un)]; /* of that, in a directory of its own */
     int error;                      /* why it could not be run */
     int ready, late;
     uint64_t due;
+    char place[sizeof(struct sockaddr_un)]; /* of words_fd, in a directory of its own */
+    char program[100];
 } tcpsrv__successor;
 
 static TCPSRV__COLD void tcpsrv__successor_close(tcpsrv__successor *successor) {
@@ -12168,15 +12168,15 @@ typedef struct tcpsrv__family {
     int count, restarts, restarts_left;
     int ending, gave_up, killed;
     uint64_t kill_at;
+    tcpsrv__reload reload;
+    tcpsrv__successor successor;
+    tcpsrv__leaver *leavers;
     int lifeline[2];                /* nobody writes: children see the end of it with the parent */
     tcpsrv__waker waker;
     long pid;
     int signals[TCPSRV__FAMILY_SIGNALS], signal_count;
     tcpsrv_log_fn *log;
     void *log_user;
-    tcpsrv__reload reload;
-    tcpsrv__leaver *leavers;
-    tcpsrv__successor successor;
 } tcpsrv__family;
 
 /* ---- counters -------------------------------------------------------------------------------- */
