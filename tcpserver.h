@@ -3636,7 +3636,6 @@ struct tcpsrv__stack_pool {
 
 struct tcpsrv__co {
     tcpsrv__source source;
-    tcpsrv__context context;
     int (*fn)(void *arg);
     void *arg;
     void (*on_end)(tcpsrv__co *co); /* instead of keeping the result for a join */
@@ -3648,6 +3647,7 @@ struct tcpsrv__co {
     int result, refs;
     unsigned short ending_calls;
     unsigned char ended, parked, token;
+    tcpsrv__context context;
 };
 
 /* ---- stacks ---------------------------------------------------------------------------------- */
@@ -4618,8 +4618,7 @@ typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
    that died in it, for what it says. */
 typedef struct tcpsrv__making {
     void (*give_up)(tcpsrv_stream *stream);
-    const char *step;               /* what goes on or has failed, and where */
-    char place[TCPSRV_ADDRESS_TEXT];
+    const char *step, *place;       /* what goes on or has failed, and where */
 } tcpsrv__making;
 
 /* Made at first use: timeouts and what few streams have. */
@@ -9341,9 +9340,9 @@ static int tcpsrv__local_port(int fd) {
 /* ---- the addresses of a name ----------------------------------------------------------------- */
 
 typedef struct tcpsrv__names {
-    struct sockaddr_storage name[TCPSRV__MAX_ADDRESSES];
-    socklen_t size[TCPSRV__MAX_ADDRESSES];
     int count;
+    socklen_t size[TCPSRV__MAX_ADDRESSES];
+    struct sockaddr_storage name[TCPSRV__MAX_ADDRESSES];
 } tcpsrv__names;
 
 typedef struct tcpsrv__lookup {     /* for an errand: libc's resolver needs much stack */
@@ -10085,11 +10084,12 @@ typedef struct tcpsrv__race {
     tcpsrv__timer timer;            /* the next one's turn */
     int next;                       /* the first name whose turn has not come */
     int no_nodelay;
-    struct sockaddr_storage source_name;
     socklen_t source_size;          /* 0: none */
     int source_port;                /* of a source without an address */
     tcpsrv_tls *tls;                /* what the connection begins with; NULL: nothing */
     char *tls_name;                 /* behind this */
+    struct sockaddr_storage source_name;
+    char place[TCPSRV_ADDRESS_TEXT];
     tcpsrv__names names;
 } tcpsrv__race;
 
@@ -10099,12 +10099,12 @@ static tcpsrv__race *tcpsrv__race_of(const tcpsrv_stream *stream) {
 
 static void tcpsrv__race_says(tcpsrv__race *race, const char *step, const char *host, int port) {
     race->making.step = step;
-    snprintf(race->making.place, sizeof race->making.place, "%s:%d", host && *host ? host : "*",
+    snprintf(race->place, sizeof race->place, "%s:%d", host && *host ? host : "*",
              port);
 }
 
 static int tcpsrv__fail_race(int code, const tcpsrv__race *race) {
-    return tcpsrv__fail(code, race->making.step, race->making.place);
+    return tcpsrv__fail(code, race->making.step, race->place);
 }
 
 /* Takes it out of the race; its descriptor is the caller's. */
@@ -10167,7 +10167,7 @@ static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int fami
     tcpsrv__set_port(&name, race->source_port);
     tcpsrv__name_text((const struct sockaddr *)&name, size, place);
     race->making.step = "bind source";
-    memcpy(race->making.place, place, sizeof place);
+    memcpy(race->place, place, sizeof place);
     if (!race->source_port && TCPSRV__BIND_NO_PORT >= 0)
         tcpsrv__sys_option(fd, IPPROTO_IP, TCPSRV__BIND_NO_PORT, 1);
     return tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
@@ -10196,7 +10196,7 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
     }
     if (err) return err;
     race->making.step = "connect";
-    tcpsrv__name_text(name, race->names.size[index], race->making.place);
+    tcpsrv__name_text(name, race->names.size[index], race->place);
     err = tcpsrv__sys_connect(fd, name, race->names.size[index]);
     if (!err && tcpsrv__meets_itself(fd, name, race->names.size[index])) err = -ECONNREFUSED;
     return err < 0 ? err : !err;
@@ -10236,7 +10236,7 @@ static TCPSRV__COLD int tcpsrv__attempt_begin(tcpsrv__race *race, int index) {
                                   race->names.size[index]);
     tcpsrv__set_peer(race->stream, &address);
     race->making.step = "socket";
-    tcpsrv_address_text(&address, race->making.place, sizeof race->making.place);
+    tcpsrv_address_text(&address, race->place, sizeof race->place);
     if (fd < 0) return fd;
     err = tcpsrv__attempt_connect(race, fd, index);
     if (err > 0) {
@@ -10290,7 +10290,7 @@ static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int event
         return;
     }
     race->making.step = "connect";
-    tcpsrv__name_text(name, size, race->making.place);
+    tcpsrv__name_text(name, size, race->place);
     tcpsrv__attempt_drop(source);
     err = tcpsrv__race_on(race, err);
     if (err) tcpsrv__die(stream, err);
@@ -10374,7 +10374,7 @@ static TCPSRV__COLD int tcpsrv__find_path(tcpsrv__race *race, const char *path) 
     struct sockaddr_un name;
     int err = tcpsrv__unix_name(path, &name, &race->names.size[0]);
     race->making.step = "connect";
-    snprintf(race->making.place, sizeof race->making.place, "unix:%s", path);
+    snprintf(race->place, sizeof race->place, "unix:%s", path);
     memcpy(&race->names.name[0], &name, sizeof name);
     race->names.count = 1;
     return err;
@@ -10433,6 +10433,7 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
         return NULL;
     }
     race->stream = stream;
+    race->making.place = race->place;
     race->tls = options->tls;
     if (size) race->tls_name = (char *)memcpy(race + 1, name, size);
     err = tcpsrv__race_begin(race, options);
