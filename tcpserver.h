@@ -1104,7 +1104,7 @@ static TCPSRV__COLD int tcpsrv__fail(int code, const char *step, const char *pla
     return code;
 }
 
-static void tcpsrv__log_default(int level, const char *line) {
+static TCPSRV__APART void tcpsrv__log_default(int level, const char *line) {
     if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
 }
 
@@ -1986,19 +1986,15 @@ static const char *tcpsrv__sys_resolve_text(int code) {
 
 /* A detached thread to which no signal is delivered. */
 static TCPSRV__COLD int tcpsrv__sys_thread(void *(*run)(void *arg), void *arg) {
-    pthread_attr_t attributes;
     pthread_t thread;
     sigset_t all, before;
     int err;
     if (!TCPSRV__HAVE_THREADS) return -ENOTSUP;
-    err = pthread_attr_init(&attributes);
-    if (err) return -err;
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    err = pthread_create(&thread, &attributes, run, arg);
+    err = pthread_create(&thread, NULL, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attributes);
+    if (!err) pthread_detach(thread);
     return -err;
 }
 
@@ -2947,6 +2943,10 @@ TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
     }
 }
 
+static TCPSRV__APART void tcpsrv__flush_those(tcpsrv_loop *loop) {
+    tcpsrv__flush_all(loop);
+}
+
 /* Ends a source: its id is dead at once, its memory goes at the end of the turn. One that is on the
    ready list goes when it is taken from there. */
 static void tcpsrv__source_end(tcpsrv__source *source) {
@@ -3061,7 +3061,7 @@ static void tcpsrv__run_timers(tcpsrv_loop *loop) {
         tcpsrv__timer *timer = loop->heap[0].timer;
         tcpsrv__timer_cancel(loop, timer);
         timer->fire(loop, timer);
-        tcpsrv__flush_all(loop);
+        tcpsrv__flush_those(loop);
     }
 }
 
@@ -3084,7 +3084,7 @@ static TCPSRV__COLD void tcpsrv__run_posted(tcpsrv_loop *loop) {
         first = posted->next;
         posted->fn(posted->arg);
         tcpsrv__free(posted);
-        tcpsrv__flush_all(loop);
+        tcpsrv__flush_those(loop);
     }
 }
 
@@ -3099,7 +3099,7 @@ static TCPSRV__COLD void tcpsrv__run_signals(tcpsrv_loop *loop) {
     for (call = loop->signals; call; call = call->next) {
         if (!taken[call->signo] || call->source.is_gone) continue;
         call->fn(call->signo, call->arg);
-        tcpsrv__flush_all(loop);
+        tcpsrv__flush_those(loop);
     }
 }
 
@@ -3486,7 +3486,7 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     int n;
     thread->turning = loop;
-    tcpsrv__flush_all(loop);
+    tcpsrv__flush_those(loop);
     n = tcpsrv__poller_wait(&loop->poller, tcpsrv__loop_wait_ms(loop, timeout_ms));
     loop->now = tcpsrv__clock_ns();
     loop->turn++;
@@ -4372,6 +4372,11 @@ TCPSRV__INLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) 
     else tcpsrv__block_give_behind(loop, block);
 }
 
+/* For those on no message's way: a call is shorter. */
+static TCPSRV__APART void tcpsrv__block_return(tcpsrv_loop *loop, tcpsrv__block *block) {
+    tcpsrv__block_give(loop, block);
+}
+
 static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
     int i;
     tcpsrv__free(loop->inbox);
@@ -4404,7 +4409,7 @@ static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcps
     memcpy(fit->data, block->data + from, kept);
     fit->begin = block->begin - from;
     fit->end = kept;
-    tcpsrv__block_give(loop, block);
+    tcpsrv__block_return(loop, block);
     return fit;
 }
 
@@ -4824,7 +4829,7 @@ static const tcpsrv__transport tcpsrv__file = {
     tcpsrv__plain_receive, tcpsrv__file_transmit, tcpsrv__file_shut, NULL, NULL, 0, 1
 };
 
-static const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *stream) {
+static TCPSRV__APART const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *stream) {
     return stream->foreign ? stream->extra->io : &tcpsrv__plain;
 }
 
@@ -4838,7 +4843,7 @@ static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
 /* Deadlines are moved by a store. The alarm is armed for the first of them, and when it rings too
    early it is armed again: no heap operation for each message. */
 
-static uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
+static TCPSRV__APART uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
     return b && (!a || b < a) ? b : a;
 }
 
@@ -4916,6 +4921,10 @@ TCPSRV__INLINE void tcpsrv__uncork(const tcpsrv_stream *stream) {
     if (stream->source.loop->corked == stream) tcpsrv__uncork_now(stream->source.loop);
 }
 
+static TCPSRV__APART void tcpsrv__uncork_it(const tcpsrv_stream *stream) {
+    tcpsrv__uncork(stream);
+}
+
 TCPSRV__INLINE void tcpsrv__outbox_clear(tcpsrv_loop *loop, const tcpsrv__block *box) {
     loop->outbox_at = box->data;
     loop->outbox_room = TCPSRV__OUTBOX_SIZE;
@@ -4981,6 +4990,10 @@ TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
     if (stream->charged) tcpsrv__recharge(stream);
 }
 
+static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
+    tcpsrv__input_free(stream);
+}
+
 static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
     int fd = stream->source.fd;
     if (fd < 0) return;
@@ -4996,7 +5009,7 @@ static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     size_t unsent;
     if (stream->dead) return;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     unsent = stream->out.size;
     stream->dead = 1;
     stream->error = (int16_t)code;
@@ -5029,7 +5042,7 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
 
 /* What a handler looks at stays until it returns, whoever has ended its stream. */
 static TCPSRV__COLD void tcpsrv__input_drop(tcpsrv_stream *stream) {
-    if (!stream->viewed || !stream->in_stack) tcpsrv__input_free(stream);
+    if (!stream->viewed || !stream->in_stack) tcpsrv__input_give_up(stream);
 }
 
 static void tcpsrv__stream_end(tcpsrv_stream *stream) {
@@ -5227,7 +5240,7 @@ static TCPSRV__COLD void tcpsrv__receive_spill(tcpsrv_stream *stream, tcpsrv__bl
         return;
     }
     if (size && tcpsrv__input_put(stream, spare->data, size) != 0) tcpsrv__die(stream, -ENOMEM);
-    if (spare) tcpsrv__block_give(loop, spare);
+    if (spare) tcpsrv__block_return(loop, spare);
 }
 
 /* A receive with bytes before it, into the caller's memory, or not from a plain socket. */
@@ -5375,7 +5388,7 @@ static TCPSRV__COLD void tcpsrv__into_from_buffer(tcpsrv_stream *stream) {
     if (n) memcpy((char *)stream->want_memory + stream->progress, in->data + in->begin, n);
     stream->progress += n;
     in->begin += n;
-    if (in->begin == in->end) tcpsrv__input_free(stream);
+    if (in->begin == in->end) tcpsrv__input_give_up(stream);
     else tcpsrv__input_trim(stream);
 }
 
@@ -5579,7 +5592,7 @@ TCPSRV_FAST int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read
 
 TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
     if (!stream->read_fn) return;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     stream->cancelled = 1;
     tcpsrv__make_ready(&stream->source);
 }
@@ -5667,7 +5680,7 @@ static TCPSRV__COLD long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv
     piece.iov_base = spare->data;
     piece.iov_len = n > 0 ? (size_t)n : 0;
     if (n > 0) n = tcpsrv__io(stream)->transmit(stream, &piece, 1);
-    tcpsrv__block_give(loop, spare);
+    tcpsrv__block_return(loop, spare);
     return n;
 }
 
@@ -5890,7 +5903,7 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
     tcpsrv__flush_call *call;
     int err = stream->closing ? TCPSRV_ECLOSED : 0;
     if (err) return tcpsrv__fail_at(err, "on_flush", stream);
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     call = (tcpsrv__flush_call *)tcpsrv__alloc(sizeof *call);
     if (!call || !tcpsrv__extra_make(stream)) {
         tcpsrv__free(call);
@@ -5913,7 +5926,7 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
 
 TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
     int err;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     err = tcpsrv__write_now(stream, data, size);
     return err ? tcpsrv__fail_at(err, "write", stream) : 0;
 }
@@ -5924,7 +5937,7 @@ TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
     if (!err && !tcpsrv__io(stream)->half_closes) err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     stream->shut_wanted = 1;
     tcpsrv__make_flushing(&stream->source);
     return 0;
@@ -5967,7 +5980,7 @@ static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
     piece.iov_base = spare ? spare->data : few;
     piece.iov_len = spare ? spare->capacity : sizeof few;
     n = tcpsrv__io(stream)->receive(stream, &piece, 1);
-    if (spare) tcpsrv__block_give(loop, spare);
+    if (spare) tcpsrv__block_return(loop, spare);
     if (n == -EAGAIN || n == -EWOULDBLOCK) {
         tcpsrv__read_dry(stream);
         return;
@@ -6409,14 +6422,14 @@ TCPSRV_IMPL int tcpsrv_reading(const tcpsrv_stream *stream) {
 }
 
 TCPSRV_IMPL int tcpsrv_writing(const tcpsrv_stream *stream) {
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     return stream->out.last != NULL;
 }
 
 TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     stream->stepping = 0;
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
@@ -6684,7 +6697,7 @@ TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces,
     tcpsrv__block *block;
     size_t size = 0;
     int i, err;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     for (i = 0; i < count; i++) size += pieces[i].size;
     block = tcpsrv__block_take(loop, size);
     if (!block) return tcpsrv__fail_there(-ENOMEM, "write", &place);
@@ -6693,7 +6706,7 @@ TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces,
         block->end += pieces[i].size;
     }
     err = tcpsrv__write(stream, block->data, size);
-    tcpsrv__block_give(loop, block);
+    tcpsrv__block_return(loop, block);
     return err ? tcpsrv__fail_there(err, "write", &place) : 0;
 }
 
@@ -6717,7 +6730,7 @@ static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
     n = vsnprintf(work->block->data, work->block->capacity, work->format, again);
     va_end(again);
     if (n >= 0 && (size_t)n >= work->block->capacity) {
-        tcpsrv__block_give(work->loop, work->block);
+        tcpsrv__block_return(work->loop, work->block);
         work->block = tcpsrv__block_take(work->loop, (size_t)n + 1);
         if (work->block) vsnprintf(work->block->data, (size_t)n + 1, work->format,
                                    work->arguments);
@@ -6734,9 +6747,9 @@ TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     va_start(work.arguments, format);
     tcpsrv__on_loop_stack(work.loop, tcpsrv__format_errand, &work);
     va_end(work.arguments);
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     if (!work.err) work.err = tcpsrv__write(stream, work.block->data, work.block->end);
-    if (work.block) tcpsrv__block_give(work.loop, work.block);
+    if (work.block) tcpsrv__block_return(work.loop, work.block);
     return work.err ? tcpsrv__fail_there(work.err, "write", &place) : 0;
 }
 
@@ -6773,7 +6786,7 @@ TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, s
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = tcpsrv__may_write(stream);
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     if (!err && !size) return 0;
     if (!err && stream->source.loop->current) {
         err = tcpsrv__may_wait(stream->source.loop);
@@ -6796,7 +6809,7 @@ TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     if (!err) err = tcpsrv__may_wait(stream->source.loop);
     if (!err && (stream->out.last || stream->connecting)) {
         tcpsrv__write_wait_init(&wait, stream, NULL, 0);
@@ -8743,7 +8756,7 @@ static int tcpsrv__link_feed_held(tcpsrv__link *link, tcpsrv__link_call *call) {
                                      tcpsrv__block_size(held));
     held->begin += taken;
     if (held->begin == held->end) {
-        tcpsrv__block_give(call->stream->source.loop, held);
+        tcpsrv__block_return(call->stream->source.loop, held);
         link->held = NULL;
     }
     return taken > 0;
@@ -8996,7 +9009,7 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
 
 static TCPSRV__COLD void tcpsrv__link_release(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
-    if (link->held) tcpsrv__block_give(stream->source.loop, link->held);
+    if (link->held) tcpsrv__block_return(stream->source.loop, link->held);
     tcpsrv__engine_free(link->engine);
     tcpsrv__free(link);
 }
@@ -9051,7 +9064,7 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
                                        &link->links->records, &link->engine);
     call->result = err;
     if (err) {
-        if (link && link->held) tcpsrv__block_give(stream->source.loop, link->held);
+        if (link && link->held) tcpsrv__block_return(stream->source.loop, link->held);
         tcpsrv__free(link);
         return;
     }
@@ -9106,7 +9119,7 @@ static TCPSRV__COLD int tcpsrv__may_start_tls(const tcpsrv_stream *stream) {
 
 TCPSRV_IMPL int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname) {
     int is_client = !stream->owner->gone, err;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     stream->stepping = 0;
     err = tcpsrv__may_start_tls(stream);
     if (err) return tcpsrv__fail_at(err, "start_tls", stream);
@@ -9328,12 +9341,18 @@ static const char *tcpsrv__name_text(const struct sockaddr *name, socklen_t size
     return tcpsrv_address_text(&address, text, TCPSRV_ADDRESS_TEXT);
 }
 
-static int tcpsrv__local_port(int fd) {
+/* A socket's own; without a family on failure. */
+static TCPSRV__APART int tcpsrv__own_address(int fd, tcpsrv_address *address) {
     struct sockaddr_storage name;
     socklen_t size = sizeof name;
+    int err = tcpsrv__sys_name(fd, &name, &size);
+    tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, err ? 0 : size);
+    return err;
+}
+
+static int tcpsrv__local_port(int fd) {
     tcpsrv_address address;
-    if (tcpsrv__sys_name(fd, &name, &size) != 0) return 0;
-    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    tcpsrv__own_address(fd, &address);
     return address.port;
 }
 
@@ -9870,11 +9889,8 @@ static TCPSRV__COLD void tcpsrv__keep_names(const char *names) {
 
 /* A socket file that was the predecessor's (tcpsrv_upgrade) is this process's. */
 static TCPSRV__COLD void tcpsrv__adopt(int fd) {
-    struct sockaddr_storage name;
-    socklen_t size = sizeof name;
     tcpsrv_address address;
-    if (tcpsrv__sys_name(fd, &name, &size) != 0) return;
-    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    tcpsrv__own_address(fd, &address);
     if (address.path[0] && address.path[0] != '@') tcpsrv__unix_remember(fd, address.path);
 }
 
@@ -9941,8 +9957,8 @@ TCPSRV_IMPL int tcpsrv_notify(const char *state) {
 /* ---- errors in words ------------------------------------------------------------------------- */
 
 typedef struct tcpsrv__code_name {
-    int code;
-    const char *name;
+    short code;
+    char name[38];
 } tcpsrv__code_name;
 
 static const tcpsrv__code_name tcpsrv__code_names[] = {
@@ -10176,11 +10192,8 @@ static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int fami
 /* Nobody listens there, and the kernel happened to give this side that very port: the connection
    meets itself (RFC 9293 3.5, simultaneous open). */
 static TCPSRV__COLD int tcpsrv__meets_itself(int fd, const struct sockaddr *name, socklen_t size) {
-    struct sockaddr_storage own;
-    socklen_t own_size = sizeof own;
     tcpsrv_address here, there;
-    if (name->sa_family == AF_UNIX || tcpsrv__sys_name(fd, &own, &own_size) != 0) return 0;
-    tcpsrv__address_from_sockaddr(&here, (const struct sockaddr *)&own, own_size);
+    if (name->sa_family == AF_UNIX || tcpsrv__own_address(fd, &here) != 0) return 0;
     tcpsrv__address_from_sockaddr(&there, name, size);
     return here.port == there.port && here.family == there.family &&
            memcmp(here.ip, there.ip, sizeof here.ip) == 0;
@@ -10842,7 +10855,7 @@ static TCPSRV__COLD void tcpsrv__handler_end(tcpsrv__co *co) {
     server->handlers--;
     tcpsrv_close(stream);
     stream->viewed = 0;
-    if (stream->source.is_gone) tcpsrv__input_free(stream);
+    if (stream->source.is_gone) tcpsrv__input_give_up(stream);
     tcpsrv__server_settle(server);
 }
 
@@ -10950,7 +10963,7 @@ static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *str
                                               const tcpsrv_address *address) {
     tcpsrv_tls *tls = server->owner.options.tls;
     int err;
-    tcpsrv__uncork(stream);
+    tcpsrv__uncork_it(stream);
     stream->stepping = 0; /* the header's own read is over: what follows is its handler's */
     err = tls ? tcpsrv__secure(stream, tls, 0, NULL) : 0;
     stream->starting = stream->spoke = 0;
@@ -11092,7 +11105,7 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     stream->counted = !header && server->owner.options.max_connections_per_ip != 0;
     if (header) tcpsrv__header_await(server, stream);
     else tcpsrv__stream_begin(server, stream, &address);
-    tcpsrv__flush_all(server->loop);
+    tcpsrv__flush_those(server->loop);
 }
 
 /* The reserve is given up to tell a few of those who wait that nobody will serve them. */
@@ -11267,7 +11280,7 @@ static TCPSRV__COLD void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
 }
 
 /* At the end of a turn. A busy loop does not pay for it turn after turn. */
-static void tcpsrv__worker_turn(tcpsrv_loop *loop) {
+static TCPSRV__COLD void tcpsrv__worker_turn(tcpsrv_loop *loop) {
     loop->untold = loop->now - loop->told_at < (uint64_t)TCPSRV__TELL_MS * 1000000u;
     if (loop->untold) return;
     loop->told_at = loop->now;
@@ -11831,12 +11844,8 @@ static TCPSRV__COLD int tcpsrv__successor_listen(tcpsrv__successor *successor) {
 /* The name that it had when it was passed to this process; else its port, or its path. */
 static TCPSRV__COLD void tcpsrv__listener_name(int fd, char *text, size_t size) {
     const char *passed = fd < TCPSRV__FIRST_FD ? "" : tcpsrv_systemd_name(fd - TCPSRV__FIRST_FD);
-    struct sockaddr_storage name;
-    socklen_t length = sizeof name;
     tcpsrv_address address;
-    memset(&address, 0, sizeof address);
-    if (!*passed && tcpsrv__sys_name(fd, &name, &length) == 0)
-        tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, length);
+    tcpsrv__own_address(fd, &address);
     if (*passed) snprintf(text, size, "%s", passed);
     else if (address.path[0]) snprintf(text, size, "%s", address.path);
     else snprintf(text, size, "%d", (int)address.port);
@@ -11846,7 +11855,7 @@ static TCPSRV__COLD void tcpsrv__listener_name(int fd, char *text, size_t size) 
 
 enum { TCPSRV__NAME_SIZE = 256, TCPSRV__VARIABLES = 6 };
 
-static const char *const tcpsrv__successor_variables[TCPSRV__VARIABLES] = {
+static const char tcpsrv__successor_variables[TCPSRV__VARIABLES][24] = {
     "LISTEN_PID=", "LISTEN_FDS=", "LISTEN_FDNAMES=", "NOTIFY_SOCKET=", "TCPSRV_NOTIFY_SOCKET=",
     "TCPSRV_OWNED="
 };

@@ -56,6 +56,7 @@
 #define sigwait(set, signo) sim_sigwait(signo)
 #define pthread_create(thread, attributes, run, arg) \
     ((void)(thread), sim_pthread_create(run, arg))
+#define pthread_detach(thread) ((void)(thread))
 #define getaddrinfo(host, port, hints, list) sim_getaddrinfo(host, port, hints, list)
 #define freeaddrinfo(list) sim_freeaddrinfo(list)
 
