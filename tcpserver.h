@@ -804,7 +804,6 @@ TCPSRV_API int tcpsrv_cpu_count(void); /* processors this process may use, at le
 #include <poll.h>
 #include <pthread.h>
 #include <regex.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -870,12 +869,6 @@ extern int accept4(int, struct sockaddr *, socklen_t *, int);
 #endif
 #ifdef TCPSRV__SYSCALL_HIDDEN
 extern long syscall(long, ...);
-#endif
-#if defined(CPU_COUNT) || !defined(__CPU_COUNT_S)
-#define TCPSRV__CPU_COUNT(set) CPU_COUNT(set)
-#else /* sched.h, which is part of pthread.h, was read before and without _GNU_SOURCE */
-#define TCPSRV__CPU_COUNT(set) __CPU_COUNT_S(sizeof(cpu_set_t), set)
-extern int sched_getaffinity(pid_t, size_t, cpu_set_t *);
 #endif
 
 #if defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
@@ -1999,10 +1992,14 @@ static TCPSRV__COLD int tcpsrv__sys_thread(void *(*run)(void *arg), void *arg) {
 }
 
 #if TCPSRV__LINUX
+/* Not by sched.h: whoever read pthread.h before without _GNU_SOURCE has none of cpu_set_t. */
 static int tcpsrv__sys_cpu_count(void) {
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return TCPSRV__CPU_COUNT(&set);
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    unsigned long set[128]; /* 8,192 processors, the most that Linux can have */
+    long i, size = syscall(SYS_sched_getaffinity, 0, sizeof set, set);
+    int count = 0;
+    for (i = 0; i < size / (long)sizeof *set; i++)
+        for (; set[i]; set[i] &= set[i] - 1) count++;
+    return count ? count : (int)sysconf(_SC_NPROCESSORS_ONLN);
 }
 
 static void tcpsrv__sys_die_with_parent(void) {

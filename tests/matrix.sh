@@ -461,6 +461,7 @@ rows() {
         row "$short: after sys/socket.h" build_and_run "$cc" later.c
     done
     row "after each system header, no flags" after_each_header "$GCC"
+    row "after each system header, musl, no flags" after_each_header musl-gcc
     row "after each system header, -std=c99" after_each_header "$GCC" -std=c99
     row "after each system header, strict POSIX" after_each_header "$GCC" -std=c99 \
         -D_POSIX_C_SOURCE=200809L
