@@ -9955,7 +9955,7 @@ TCPSRV_IMPL int tcpsrv_notify(const char *state) {
 
 typedef struct tcpsrv__code_name {
     short code;
-    char name[38];
+    char name[46];
 } tcpsrv__code_name;
 
 static const tcpsrv__code_name tcpsrv__code_names[] = {
