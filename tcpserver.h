@@ -9963,7 +9963,7 @@ static const tcpsrv__code_name tcpsrv__code_names[] = {
     { TCPSRV_EOF, "the peer has finished" },
     { TCPSRV_ECLOSED, "closed on this side" },
     { TCPSRV_ECANCELED, "cancelled" },
-    { TCPSRV_EBUSY, "not now: another call waits or came before" },
+    { TCPSRV_EBUSY, "another call waits, or came before" },
     { TCPSRV_ETOOBIG, "the message is too long" },
     { TCPSRV_EBUFFULL, "the buffers are full" },
     { TCPSRV_ETIMEDOUT, "timed out" },
