@@ -159,7 +159,8 @@ run_cppcheck() (
         --suppress=missingInclude --suppress=missingIncludeSystem --suppress=autoVariables \
         -DTCPSERVER_IMPLEMENTATION -D__linux__ -D__GNUC__=12 -D__x86_64__ -D__LP64__ \
         -DCLOCK_MONOTONIC -DSA_RESTART -DMAP_PRIVATE -DAI_PASSIVE -DF_DUPFD_CLOEXEC \
-        -D_SC_PAGESIZE -DWNOHANG '-DS_ISSOCK(mode)=(mode)' -DMAP_ANONYMOUS -UTCPSERVER_STATIC -U__cplusplus -U__has_feature \
+        -D_SC_PAGESIZE -DWNOHANG '-DS_ISSOCK(mode)=(mode)' -DMAP_ANONYMOUS \
+        -UTCPSERVER_STATIC -U__cplusplus -U__has_feature \
         --error-exitcode=1 $header 2>&1
 )
 
