@@ -25,7 +25,9 @@ programs() {
     poll-*) echo sim_poll poll/test_loop poll/test_stream poll/test_loops && return ;;
     epoll-*) own="test_loop test_loops" ;;
     timers-*) own=test_loop ;;
-    waiting-*) own="test_stream test_coroutine" ;;
+    stream-*) own="test_stream test_server" ;;
+    waiting-*) own="test_stream test_server test_coroutine" ;;
+    server-*) own="test_server test_operators" ;;
     esac
     case $1 in
     process-* | tls-* | proxy-* | sockets-*) echo $own ;;
