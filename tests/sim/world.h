@@ -369,7 +369,10 @@ static void conn_cancel(model_conn *conn, tcpsrv_stream *stream) {
 static void conn_timeouts(model_conn *conn, tcpsrv_stream *stream) {
     int64_t read_ms = sim_chance(3) ? 0 : 1 + (int64_t)sim_size(500);
     int64_t write_ms = sim_chance(3) ? 0 : 1 + (int64_t)sim_size(500);
-    if (tcpsrv_set_timeout(stream, read_ms, write_ms) != 0 && !sim.alloc_failed) return;
+    if (tcpsrv_set_timeout(stream, read_ms, write_ms) != 0) {
+        conn->write_ms = 1; /* without memory they may hold in part */
+        return;
+    }
     conn->read_ms = read_ms;
     if (!read_ms) conn->read_due = 0; /* also that of a read that waits */
     if (write_ms) conn->write_ms = write_ms;
