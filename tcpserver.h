@@ -1486,7 +1486,7 @@ static pthread_mutex_t tcpsrv__signal_lock = PTHREAD_MUTEX_INITIALIZER;
 #define TCPSRV__LOAD_WORD(word) (*(volatile size_t *)(word))
 #endif
 
-static void tcpsrv__signal_handler(int signo) {
+static TCPSRV__COLD void tcpsrv__signal_handler(int signo) {
     int fd = TCPSRV__LOAD(&tcpsrv__signal_fd[signo]) - 1;
     TCPSRV__STORE(&tcpsrv__signal_seen[signo], 1);
     if (fd >= 0) tcpsrv__waker_wake(fd);
@@ -2387,7 +2387,7 @@ static int tcpsrv__poller_add_watch(tcpsrv__poller *poller, int fd, int64_t id, 
     return tcpsrv__poller_control(poller, EPOLL_CTL_ADD, fd, mask, id);
 }
 
-static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+static TCPSRV__APART void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
     tcpsrv__poller_control(poller, EPOLL_CTL_DEL, fd, 0, 0);
 }
 
@@ -2461,7 +2461,7 @@ static int tcpsrv__poller_fd(const tcpsrv__poller *poller) {
     return poller->fd;
 }
 
-static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+static TCPSRV__APART void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
     tcpsrv__poller_change(poller, fd, 1, EV_DELETE, 0);
     tcpsrv__poller_change(poller, fd, 0, EV_DELETE, 0);
 }
@@ -2647,7 +2647,7 @@ static int tcpsrv__poller_add_watch(tcpsrv__poller *poller, int fd, int64_t id, 
     return err ? err : tcpsrv__poller_add(poller, fd, -id, tcpsrv__poller_mask(directions));
 }
 
-static void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
+static TCPSRV__APART void tcpsrv__poller_remove(tcpsrv__poller *poller, int fd) {
     int index, last = poller->count - 1, moved;
     if (fd >= poller->descriptors || !poller->index_of[fd]) return;
     index = poller->index_of[fd] - 1;
@@ -2731,9 +2731,9 @@ typedef struct tcpsrv__class {
     void (*event)(tcpsrv__source *source, int events);
     void (*run)(tcpsrv__source *source);      /* its turn on the ready list */
     void (*flush)(tcpsrv__source *source);    /* its turn on the flush list */
-    void (*cancel)(tcpsrv__source *source);   /* tcpsrv_cancel; NULL: not by that */
-    void (*drop)(tcpsrv__source *source);     /* the loop is being freed */
+    void (*drop)(tcpsrv__source *source);     /* the loop is being freed, or tcpsrv_cancel */
     void (*destroy)(tcpsrv__source *source);  /* give back its memory; NULL: begins with it */
+    int may_cancel;                           /* that tcpsrv_cancel drops it */
 } tcpsrv__class;
 
 struct tcpsrv__source {
@@ -2871,7 +2871,7 @@ static TCPSRV__NOINLINE tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, i
     return slot->generation == (uint32_t)((uint64_t)id >> 32) ? slot : NULL;
 }
 
-static tcpsrv__source *tcpsrv__source_by_id(const tcpsrv_loop *loop, int64_t id) {
+static TCPSRV__APART tcpsrv__source *tcpsrv__source_by_id(const tcpsrv_loop *loop, int64_t id) {
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
     return slot ? slot->source : NULL;
 }
@@ -3125,7 +3125,7 @@ static TCPSRV__COLD void tcpsrv__signal_destroy(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__signal_class = {
-    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_cancel, tcpsrv__signal_destroy
+    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_destroy, 1
 };
 
 static int tcpsrv__signal_claim(tcpsrv_loop *loop, int signo) {
@@ -3318,7 +3318,7 @@ static TCPSRV__COLD void tcpsrv__call_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__call_class = {
-    NULL, NULL, NULL, tcpsrv__call_cancel, tcpsrv__call_cancel, NULL
+    NULL, NULL, NULL, tcpsrv__call_cancel, NULL, 1
 };
 
 /* The first point of the grid that has not passed. */
@@ -3404,7 +3404,7 @@ static TCPSRV__COLD void tcpsrv__watch_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__watch_class = {
-    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, tcpsrv__watch_cancel, NULL
+    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, NULL, 1
 };
 
 TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
@@ -3427,7 +3427,7 @@ TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsr
 
 TCPSRV_IMPL void tcpsrv_cancel(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__source *source = tcpsrv__source_by_id(loop, id);
-    if (source && source->type->cancel) source->type->cancel(source);
+    if (source && source->type->may_cancel) source->type->drop(source);
 }
 
 /* ---- turns ----------------------------------------------------------------------------------- */
@@ -3570,7 +3570,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_default(void) {
 }
 
 /* What calls without a loop mean: the one that turns, or the thread's own. */
-static tcpsrv_loop *tcpsrv__loop_here(void) {
+static TCPSRV__APART tcpsrv_loop *tcpsrv__loop_here(void) {
     tcpsrv_loop *turning = tcpsrv__thread()->turning;
     return turning ? turning : tcpsrv_loop_default();
 }
@@ -3649,7 +3649,7 @@ struct tcpsrv__co {
 
 /* ---- stacks ---------------------------------------------------------------------------------- */
 
-static void tcpsrv__slab_unlink(tcpsrv__slab **list, tcpsrv__slab *slab) {
+static TCPSRV__APART void tcpsrv__slab_unlink(tcpsrv__slab **list, tcpsrv__slab *slab) {
     if (slab->previous) slab->previous->next = slab->next;
     else *list = slab->next;
     if (slab->next) slab->next->previous = slab->previous;
@@ -3904,7 +3904,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__co_class = {
-    NULL, tcpsrv__co_run, NULL, NULL, tcpsrv__co_drop, tcpsrv__co_destroy
+    NULL, tcpsrv__co_run, NULL, tcpsrv__co_drop, tcpsrv__co_destroy, 0
 };
 
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__co_class;
@@ -4098,7 +4098,7 @@ struct tcpsrv__co {
     int unused;
 };
 
-static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, NULL };
+static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, 0 };
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__no_class;
 
 static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
@@ -4840,7 +4840,7 @@ static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
 /* Deadlines are moved by a store. The alarm is armed for the first of them, and when it rings too
    early it is armed again: no heap operation for each message. */
 
-static TCPSRV__APART uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
+static uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
     return b && (!a || b < a) ? b : a;
 }
 
@@ -6297,8 +6297,8 @@ static TCPSRV__COLD void tcpsrv__stream_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__stream_class = {
-    tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_flush, NULL, tcpsrv__stream_drop,
-    tcpsrv__stream_destroy
+    tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_flush, tcpsrv__stream_drop,
+    tcpsrv__stream_destroy, 0
 };
 
 /* ---- making streams -------------------------------------------------------------------------- */
@@ -10215,7 +10215,7 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
 static void tcpsrv__attempt_event(tcpsrv__source *source, int events);
 
 static const tcpsrv__class tcpsrv__attempt_class = {
-    tcpsrv__attempt_event, NULL, NULL, NULL, tcpsrv__attempt_drop, NULL
+    tcpsrv__attempt_event, NULL, NULL, tcpsrv__attempt_drop, NULL, 0
 };
 
 /* 0, and the loop tells of it; or a code, and the descriptor is the caller's still. */
@@ -10655,7 +10655,7 @@ static TCPSRV__COLD void tcpsrv__server_destroy(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__server_class = {
-    NULL, NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy
+    NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0
 };
 
 /* ---- pausing --------------------------------------------------------------------------------- */
@@ -11200,7 +11200,7 @@ static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__listener_class = {
-    tcpsrv__accept_event, NULL, NULL, NULL, tcpsrv__listener_drop, NULL
+    tcpsrv__accept_event, NULL, NULL, tcpsrv__listener_drop, NULL, 0
 };
 
 static int tcpsrv__listener_add(tcpsrv *server, int fd) {
@@ -12080,7 +12080,7 @@ static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int event
 }
 
 static const tcpsrv__class tcpsrv__upgrade_class = {
-    tcpsrv__upgrade_words, NULL, NULL, NULL, tcpsrv__upgrade_end, NULL
+    tcpsrv__upgrade_words, NULL, NULL, tcpsrv__upgrade_end, NULL, 0
 };
 
 /* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
