@@ -1046,6 +1046,7 @@ static void world_options(tcpsrv_options *options) {
     options->max_write_buffer_size = world_limit(100000);
     options->write_high_water = world_limit(20000);
     options->read_chunk_size = world_limit(100000);
+    if (options->read_chunk_size) options->read_chunk_size += sim_least_room;
     options->stack_size = sim_chance(2) ? 0 : 32768;
     options->max_connections = world_limit(8);
     options->idle_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(2000) : 0);
