@@ -60,7 +60,7 @@ fails() { # program, or program:exhaustive
         return 0
         ;;
     esac
-    timeout -k 5 30 "build/$@" >log 2>&1 && return 1
+    timeout -k 5 120 "build/$@" >log 2>&1 && return 1
     echo "$*: exit $?: $(tail -n 1 log | cut -c 1-200)"
 }
 
