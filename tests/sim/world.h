@@ -905,7 +905,16 @@ static void world_spawn(void) {
 
 /* ---- the server ------------------------------------------------------------------------------ */
 
+/* A drain is called off, or another takes its place; what its end has aborted stays so. */
+static void world_drain_over(void) {
+    int i;
+    for (i = 0; i < model.count && model.draining && sim.now >= model.drain_due; i++)
+        model.conns[i].drained = !model.conns[i].client;
+    model.draining = 0;
+}
+
 static void world_drain(int64_t timeout_ms) {
+    world_drain_over();
     model.draining = 1;
     model.drain_due = timeout_ms < 0 ? SIM_NEVER : sim.now + SIM_MS(timeout_ms);
     SIM_TRACE("drain(%d)", (int)timeout_ms);
@@ -922,19 +931,11 @@ static void world_peer(void) {
     if (world.options.proxy_protocol) peer_head(peer, (sim_head)sim_below(HEAD_KINDS));
 }
 
-/* A drain is called off; what its end has aborted until now stays so. */
-static void world_listens(void) {
-    int i;
-    for (i = 0; i < model.count && model.draining && sim.now >= model.drain_due; i++)
-        model.conns[i].drained = !model.conns[i].client;
-    model.draining = 0;
-}
-
 static void world_listen_unix(void) {
     int fd;
     if (!world.server || world.server_freed) return;
     fd = tcpsrv_bind_unix_socket("/run/sim.sock", 0, 0);
-    if (fd >= 0 && tcpsrv_add_socket(world.server, fd) == 0) world_listens();
+    if (fd >= 0 && tcpsrv_add_socket(world.server, fd) == 0) world_drain_over();
 }
 
 /* At the first signal it drains, at the second it aborts. */
@@ -954,7 +955,7 @@ static void world_server_step(void) {
     switch (sim_below(8)) {
     case 0: tcpsrv_stop(world.server); break;
     case 1: case 2:
-        if (tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1") == 0) world_listens();
+        if (tcpsrv_listen(world.server, WORLD_PORT, "127.0.0.1") == 0) world_drain_over();
         break;
     case 3:
         if (!sim_chance(3)) break;
