@@ -1,4 +1,4 @@
-/* The line echo server without coroutines: no stack for each connection, about 250 bytes instead.
+/* The line echo server without coroutines: no stack for each connection, about 200 bytes instead.
  *
  *     cc examples/echo_callbacks.c -o echo_callbacks
  *     ./echo_callbacks & printf 'hello\n' | nc -N 127.0.0.1 8888
