@@ -1851,7 +1851,8 @@ static int heap_holds(const unsigned char *inverted, size_t size) {
     while (fgets(line, sizeof line, maps))
         if (strstr(line, "[heap]")) sscanf(line, "%lx-%lx", &from, &to);
     fclose(maps);
-    for (at = (const unsigned char *)from; at + size <= (const unsigned char *)to; at++) {
+    for (; from + size <= to; from++) {
+        at = (const unsigned char *)from;
         for (i = 0; i < size && (at[i] ^ inverted[i]) == 0xff; i++) continue;
         if (i == size) return 1;
     }
