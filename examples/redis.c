@@ -206,7 +206,7 @@ static int64_t find_end(const char *data, size_t size, void *arg) {
     if (*data != '*') return find_line_end(c, data, size);
     if (c->missing < 0) {
         n = read_header(data, size, &c->missing);
-        if (n < 0 || c->missing > MAX_WORDS) return refuse(c, "invalid multibulk length");
+        if (n < 0 || (n && c->missing > MAX_WORDS)) return refuse(c, "invalid multibulk length");
         c->at = (size_t)n;
         if (n == 0) c->missing = -1;
         if (n == 0 || c->missing <= 0) return n;
