@@ -140,7 +140,7 @@ bench bench-count bench-check bench-plot:
 
 # SECONDS_EACH: how long each target.
 fuzz:
-	@sh tests/fuzz.sh
+	@FUZZ_SEED='$(FUZZ_SEED)' SECONDS_EACH='$(SECONDS_EACH)' sh tests/fuzz.sh
 
 coverage: $(if $(filter yes,$(BEARSSL)),$(BUILD)/certificates)
 	@sh tests/coverage.sh

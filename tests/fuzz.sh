@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fuzzes each tests/fuzz/fuzz_*.c with clang's libFuzzer, SECONDS_EACH (20) each, from seeds that
-# are made here or kept in tests/fuzz/corpus. One line for each; the last line is the sum. What
-# makes one fail stays in BUILD/fuzz.
+# are made here or kept in tests/fuzz/corpus, in an order that FUZZ_SEED gives (0: a new one). One
+# line for each; the last line is the sum. What makes one fail stays in BUILD/fuzz.
 #
 #   BUILD=build sh tests/fuzz.sh [PART OF A NAME]
 
@@ -56,6 +56,7 @@ fuzz() { # NAME
     rm -rf "$bin/$1.corpus" && mkdir "$bin/$1.corpus"
     "seeds_$1" "$bin/$1.corpus"
     (cd "$bin" && "./$1" -max_total_time="${SECONDS_EACH:-20}" -timeout=10 -max_len=20000 \
+        -seed="${FUZZ_SEED:-0}" \
         -print_final_stats=1 "$1.corpus") 2>&1
 }
 
