@@ -520,7 +520,10 @@ static pid_t reloadable_family(int count) {
     return parent;
 }
 
+/* The stack is made deep first: valgrind cannot extend it for a signal's frame. */
 static void set_up(void) {
+    volatile char deep[65536];
+    deep[0] = deep[sizeof deep - 1] = 0;
     go[0] = go[1] = -1;
     together = (common *)mmap(NULL, sizeof *together, PROT_READ | PROT_WRITE,
                               MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -743,10 +746,13 @@ static void an_old_worker_that_crashes_during_its_replacement_is_not_restarted_b
     close(go[0]), close(go[1]);
 }
 
+static int forbidden[2];
+
 static void allow_no_more_processes(int signo) {
     struct rlimit none = { 0, 0 };
     (void)signo;
     setrlimit(RLIMIT_NPROC, &none);
+    if (write(forbidden[1], "f", 1) != 1) _exit(77);
 }
 
 static void make_server_of_a_user(void) {
@@ -758,21 +764,25 @@ static void make_server_of_a_user(void) {
 static void a_reload_that_cannot_fork_leaves_the_old_ones(void) {
     hello old;
     pid_t parent;
+    char byte;
     set_up();
     listen_to_it();
     listener = test_listener(&address);
+    CHECK_INT(pipe(forbidden), 0);
     before_fork = make_server_of_a_user;
     parent = family(1, -1, reloadable);
     close(listener);
     old = next_hello();
     if (old.task_id < 0) SKIP("another user to be");
     kill(parent, SIGUSR1);
+    CHECK_INT(read(forbidden[0], &byte, 1), 1);
     kill(parent, SIGHUP);
     what_it_says("reload: the new child 0 does not serve: Resource temporarily unavailable");
     CHECK_INT(visit(), old.pid);
     kill(parent, SIGKILL); /* a leak checker at its end would need a process of its own */
     CHECK_INT(exit_status(parent), -SIGKILL);
     CHECK(all_of_it_is_read());
+    close(forbidden[0]), close(forbidden[1]);
     end();
 }
 
