@@ -132,8 +132,8 @@ unit:
 
 test:
 	-@$(MAKE) -k -j$(JOBS) --no-print-directory programs $(SIM)
-	@sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/tornado.sh tests/sim.sh tests/e2e.sh \
-		tests/matrix.sh
+	@BESIDE=tests/matrix.sh sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/tornado.sh tests/sim.sh \
+		tests/e2e.sh
 
 bench bench-count bench-check bench-plot:
 	@$(MAKE) --no-print-directory -f tests/bench/Makefile $@
