@@ -88,7 +88,7 @@
  *   TCPSERVER_USE_EPOLL, TCPSERVER_USE_KQUEUE, TCPSERVER_USE_POLL   instead of the system's best
  *   TCPSERVER_REALLOC(ptr, size)   realloc's contract, also among threads; size 0 frees, and its
  *                                  result is ignored
- *   Where <valgrind/valgrind.h> was included before, coroutine stacks are announced to valgrind.
+ *   Where <valgrind/memcheck.h> was included before, valgrind is told of coroutine stacks.
  *
  * SECTIONS (search for the tag)
  *   >>api         what a user reads: constants, types, every call and its contract
@@ -1844,13 +1844,18 @@ static void tcpsrv__sys_give_back(char *memory, size_t size) {
 #include <sanitizer/common_interface_defs.h>
 #define TCPSRV__ASAN_LEAVE(fake, bottom, size) __sanitizer_start_switch_fiber(fake, bottom, size)
 #define TCPSRV__ASAN_ENTER(fake, bottom, size) __sanitizer_finish_switch_fiber(fake, bottom, size)
-#define TCPSRV__ASAN_FRESH(memory, size) __asan_unpoison_memory_region(memory, size)
-#define TCPSRV__ASAN_STALE(memory, size) __asan_poison_memory_region(memory, size)
+#define TCPSRV__STACK_FRESH(memory, size) __asan_unpoison_memory_region(memory, size)
+#define TCPSRV__STACK_STALE(memory, size) __asan_poison_memory_region(memory, size)
 #else
 #define TCPSRV__ASAN_LEAVE(fake, bottom, size) ((void)0)
 #define TCPSRV__ASAN_ENTER(fake, bottom, size) ((void)0)
-#define TCPSRV__ASAN_FRESH(memory, size) ((void)0)
-#define TCPSRV__ASAN_STALE(memory, size) ((void)0)
+#if defined(VALGRIND_MAKE_MEM_UNDEFINED) /* where frames have ended it lets nobody else write */
+#define TCPSRV__STACK_FRESH(memory, size) ((void)VALGRIND_MAKE_MEM_UNDEFINED(memory, size))
+#define TCPSRV__STACK_STALE(memory, size) ((void)VALGRIND_MAKE_MEM_NOACCESS(memory, size))
+#else
+#define TCPSRV__STACK_FRESH(memory, size) ((void)0)
+#define TCPSRV__STACK_STALE(memory, size) ((void)0)
+#endif
 #endif
 #if TCPSRV__TSAN
 #ifdef __cplusplus
@@ -1875,7 +1880,7 @@ void __tsan_switch_to_fiber(void *fiber, unsigned flags);
 #endif
 #if defined(VALGRIND_STACK_REGISTER)
 #define TCPSRV__VALGRIND_ADD(low, high) VALGRIND_STACK_REGISTER(low, high)
-#define TCPSRV__VALGRIND_END(id) VALGRIND_STACK_DEREGISTER(id)
+#define TCPSRV__VALGRIND_END(id) do { if (id) VALGRIND_STACK_DEREGISTER(id); } while (0)
 #else
 #define TCPSRV__VALGRIND_ADD(low, high) 0u
 #define TCPSRV__VALGRIND_END(id) ((void)(id))
@@ -3670,7 +3675,7 @@ static void tcpsrv__slab_free(tcpsrv__stack_pool *pool, tcpsrv__slab *slab) {
     int i;
     size_t size = tcpsrv__slab_stride(pool, slab) * (size_t)slab->count;
     for (i = 0; i < slab->count; i++) TCPSRV__VALGRIND_END(slab->valgrind_id[i]);
-    TCPSRV__ASAN_FRESH(slab->memory, size);
+    TCPSRV__STACK_FRESH(slab->memory, size);
     tcpsrv__sys_unmap(slab->memory, size);
     tcpsrv__free(slab);
 }
@@ -3825,7 +3830,7 @@ static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__co *co) {
     TCPSRV__TSAN_END(co->fiber);
     slab = co->slab;
     stack = co->stack;
-    TCPSRV__ASAN_STALE(stack, slab->stack_size);
+    TCPSRV__STACK_STALE(stack, slab->stack_size);
     tcpsrv__stack_return(pool, slab, stack);
 }
 
@@ -3928,7 +3933,7 @@ static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_s
     if (!size || tcpsrv__stack_pool_make(loop) != 0) return NULL;
     stack = tcpsrv__stack_take(loop->stacks, size, &slab);
     if (!stack) return NULL;
-    TCPSRV__ASAN_FRESH(stack, size);
+    TCPSRV__STACK_FRESH(stack, size);
     top = stack + size - room;
     if (memory) *memory = memset(top, 0, room);
     top -= (sizeof *co + 63) / 64 * 64;

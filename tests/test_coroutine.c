@@ -286,6 +286,21 @@ static void stacks_have_at_least_the_size_asked_for(void) {
     end();
 }
 
+/* What lies beside a handler, such as its stream, comes where the frames of another have been:
+   valgrind must have been told, and what is there is zero. */
+static void a_stack_is_taken_again_for_another_layout(void) {
+    void *beside = NULL;
+    tcpsrv__co *co;
+    size_t i;
+    begin();
+    CHECK_INT(tcpsrv_join(spawn(use_48_kib, NULL)), 0);
+    co = tcpsrv__co_new(loop, 0, 20000, &beside);
+    CHECK(co != NULL);
+    for (i = 0; i < 20000; i++) CHECK(((char *)beside)[i] == 0);
+    tcpsrv__co_unref(co);
+    end();
+}
+
 /* More values than there are registers of either kind, alive across a switch. */
 static int compute(void *seed) {
     double x0 = give(seed), x1 = x0 + 1, x2 = x0 + 2, x3 = x0 + 3, x4 = x0 + 4, x5 = x0 + 5;
@@ -1207,6 +1222,7 @@ int main(int argc, char **argv) {
         TEST(without_memory_for_results_the_oldest_is_forgotten),
         TEST(dead_ids_never_meet_new_coroutines),
         TEST(stacks_have_at_least_the_size_asked_for),
+        TEST(a_stack_is_taken_again_for_another_layout),
         TEST(registers_survive_the_switches),
         TEST(a_stack_overflow_meets_the_guard),
         TEST(twenty_thousand_coroutines_park_and_wake),
