@@ -11,7 +11,7 @@
 # make coverage   how much of the header the units and the simulated kernel run (gcc, gcov)
 # make certs      a key and a certificate for the TLS examples, into build
 # make bench      the library beside others in one run, such as make bench ONLY="raw_epoll libuv"
-# make bench-count, make bench-check, make bench-plot: see tests/bench/method.md
+# make bench-count, bench-lines, bench-check, bench-plot: see tests/bench/method.md
 # make examples, make lint, make install, make clean
 
 CC = cc
@@ -135,7 +135,7 @@ test:
 	@BESIDE=tests/matrix.sh sh tests/run.sh $(UNITS) $(POLL_UNITS) tests/tornado.sh tests/sim.sh \
 		tests/e2e.sh
 
-bench bench-count bench-check bench-plot:
+bench bench-count bench-lines bench-check bench-plot:
 	@$(MAKE) --no-print-directory -f tests/bench/Makefile $@
 
 # SECONDS_EACH: how long each target.
@@ -161,4 +161,4 @@ clean:
 
 FORCE:
 .PHONY: all run certs examples programs unit sim exhaustive fuzz mutants coverage test bench \
-        bench-count bench-check bench-plot lint install clean FORCE
+        bench-count bench-lines bench-check bench-plot lint install clean FORCE

@@ -4635,7 +4635,8 @@ typedef struct tcpsrv__extra {
     const tcpsrv__transport *io;    /* NULL: a plain socket */
     void *link;                     /* the transport's own */
     tcpsrv__timer alarm;            /* due no later than the first of the deadlines; 0: none */
-    uint64_t read_ns, write_ns, read_due, write_due, idle_due, connect_due, close_due, linger_due;
+    uint64_t active;                /* when the last byte came or went, for the idle timeout */
+    uint64_t read_ns, write_ns, read_due, write_due, connect_due, close_due, linger_due;
     uint64_t handshake_due;
     tcpsrv_close_fn *close_fn;
     void *close_arg;
@@ -4660,6 +4661,7 @@ struct tcpsrv_stream { /* what is used most comes first: there instructions are 
     unsigned bulk : 1;              /* the next receive is into the largest of blocks, */
     unsigned wide : 1;              /* or at least not at home */
     unsigned winding : 1;           /* not served straight: drained, full, or with small limits */
+    unsigned timed : 1;             /* with a timeout of single reads or writes */
     unsigned readable : 1;          /* until a call has shown it to be dry */
     unsigned eof : 1;               /* the peer has finished, and all of it was received */
     unsigned in_stack : 1;          /* lies at the top of a coroutine's stack, with a home block */
@@ -4667,7 +4669,7 @@ struct tcpsrv_stream { /* what is used most comes first: there instructions are 
     unsigned spoke : 1;             /* a read was answered */
     unsigned viewed : 1;            /* a coroutine looks at what lies before in->begin */
     unsigned held : 1;              /* a coroutine or a waiting call uses it */
-    unsigned was_blocking : 1, aborting : 1, shut : 1, lingering : 1;
+    unsigned was_blocking : 1, aborting : 1, shut : 1;
     unsigned told : 1;              /* a callback carried the error */
     unsigned close_told : 1;
     unsigned starting : 1;          /* its handler has not begun */
@@ -4842,17 +4844,24 @@ static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
 
 /* ---- deadlines ------------------------------------------------------------------------------- */
 
-/* Deadlines are moved by a store. The alarm is armed for the first of them, and when it rings too
-   early it is armed again: no heap operation for each message. */
+/* Deadlines are moved by a store, that for idleness with the time of the last byte. The alarm is
+   armed for the first of them, and when it rings too early it is armed again: no heap operation for
+   each message. */
 
 static uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
     return b && (!a || b < a) ? b : a;
 }
 
+/* An orderly close has a deadline of its own. */
+static uint64_t tcpsrv__idle_deadline(const tcpsrv__extra *extra) {
+    uint64_t limit = extra->stream->owner->idle_ns;
+    return limit && !extra->close_due ? extra->active + limit : 0;
+}
+
 static uint64_t tcpsrv__first_deadline(const tcpsrv__extra *extra) {
     uint64_t due = extra->read_due;
     due = tcpsrv__earlier(due, extra->write_due);
-    due = tcpsrv__earlier(due, extra->idle_due);
+    due = tcpsrv__earlier(due, tcpsrv__idle_deadline(extra));
     due = tcpsrv__earlier(due, extra->connect_due);
     due = tcpsrv__earlier(due, extra->handshake_due);
     due = tcpsrv__earlier(due, extra->close_due);
@@ -4868,7 +4877,7 @@ static TCPSRV__COLD int tcpsrv__alarm_arm(tcpsrv_stream *stream) {
 
 static TCPSRV__COLD void tcpsrv__touch_deadlines(tcpsrv_stream *stream, int sent) {
     tcpsrv__extra *extra = stream->extra;
-    if (extra->idle_due) extra->idle_due = stream->source.loop->now + stream->owner->idle_ns;
+    extra->active = stream->source.loop->now;
     if (sent && extra->write_due) extra->write_due = stream->source.loop->now + extra->write_ns;
 }
 
@@ -5486,7 +5495,7 @@ static TCPSRV__NOINLINE void tcpsrv__read_ended(tcpsrv_stream *stream, int err) 
 /* Ends the waiting read: the only place. Its callback may do anything to the stream. */
 TCPSRV__INLINE void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes) {
     tcpsrv_read_fn *fn = stream->read_fn;
-    if (err || stream->extra || stream->cancelled) tcpsrv__read_ended(stream, err);
+    if (err || stream->timed || stream->cancelled) tcpsrv__read_ended(stream, err);
     if (err) {
         bytes.data = "";
         bytes.size = 0;
@@ -5522,7 +5531,7 @@ static void tcpsrv__input_step(tcpsrv_stream *stream) {
         }
         if (!tcpsrv__read_try(stream, &err, &bytes)) break;
         waited = stream->read_fn == tcpsrv__await_done;
-        stream->stepping = !waited && !(stream->extra && stream->extra->read_ns);
+        stream->stepping = !waited && !stream->timed;
         tcpsrv__read_complete(stream, err, bytes);
         stream->stepping = 0;
         if (waited || !stream->read_fn || tcpsrv__read_must_wait(stream)) break;
@@ -5993,7 +6002,6 @@ static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
-    stream->lingering = 1;
     stream->readable = 1;
     stream->extra->linger_left = TCPSRV__LINGER_SIZE;
     stream->extra->linger_due = stream->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__LINGER_MS);
@@ -6005,7 +6013,7 @@ static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
 static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return -ENOMEM;
-    extra->read_due = extra->idle_due = extra->handshake_due = 0;
+    extra->read_due = extra->handshake_due = 0;
     if (!extra->close_due) extra->close_due = stream->source.loop->now + stream->owner->close_ns;
     return tcpsrv__alarm_arm(stream);
 }
@@ -6021,7 +6029,7 @@ static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     } else if (tcpsrv__close_deadline(stream) != 0) {
         stream->aborting = stream->out.last != NULL;
         tcpsrv__die(stream, -ENOMEM);
-    } else if (stream->lingering) {
+    } else if (stream->extra->linger_due) {
         if (stream->readable) tcpsrv__linger_step(stream);
     } else if (!stream->out.last) {
         if (!stream->shut) tcpsrv__shut(stream);
@@ -6218,13 +6226,6 @@ TCPSRV__INLINE void tcpsrv__serve_coroutine(tcpsrv_loop *loop, tcpsrv_stream *st
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
 }
 
-/* Of deadlines only that for idleness, which this moves. */
-static TCPSRV__NOINLINE int tcpsrv__only_idles(tcpsrv_stream *stream) {
-    if (stream->extra->read_ns || stream->extra->write_ns) return 0;
-    tcpsrv__touch_deadlines(stream, 1);
-    return 1;
-}
-
 /* A message's usual way in one piece: bytes have come for a stream that has none, whose read waits,
    and that has nothing to send. */
 static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
@@ -6235,9 +6236,9 @@ static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
                        !(stream->dead || stream->closing || stream->cancelled ||
                          stream->connecting || stream->unpolled || stream->ended || stream->deep ||
                          stream->foreign || stream->shut_wanted || stream->blocked ||
-                         stream->bulk || stream->winding || stream->readable)) &&
-        (!stream->extra || tcpsrv__only_idles(stream)) &&
+                         stream->bulk || stream->winding || stream->timed || stream->readable)) &&
         (loop->has_boxes || tcpsrv__boxes_make(loop))) {
+        if (stream->extra) stream->extra->active = loop->now;
         if (stream->read_fn != tcpsrv__await_done) {
             tcpsrv__serve_callbacks(loop, stream);
             return;
@@ -6261,6 +6262,7 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     tcpsrv__extra *extra = TCPSRV__CONTAINER(tcpsrv__extra, alarm, timer);
     tcpsrv_stream *stream = extra->stream;
     tcpsrv_stats *stats = &stream->owner->stats;
+    uint64_t idle = tcpsrv__idle_deadline(extra);
     if (tcpsrv__passed(loop, &extra->close_due)) {
         stats->timeouts_close++;
         stream->aborting = 1;
@@ -6276,10 +6278,9 @@ static TCPSRV__COLD void tcpsrv__alarm_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
         stats->timeouts_write++;
         stream->aborting = 1;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
-    } else if (stream->owner->full && stream->readable && extra->idle_due &&
-               extra->idle_due <= loop->now) {
-        extra->idle_due = loop->now + stream->owner->idle_ns; /* not for what is not received */
-    } else if (tcpsrv__passed(loop, &extra->idle_due)) {
+    } else if (idle && idle <= loop->now && stream->owner->full && stream->readable) {
+        extra->active = loop->now; /* not for what is not received */
+    } else if (idle && idle <= loop->now) {
         stats->timeouts_idle++;
         tcpsrv__die(stream, TCPSRV_ETIMEDOUT);
     }
@@ -6326,7 +6327,7 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
     stream->receive_turn = (uint16_t)(loop->turn - 1);
     if (owner->idle_ns) {
         err = tcpsrv__extra_make(stream) ? 0 : -ENOMEM;
-        if (!err) stream->extra->idle_due = loop->now + owner->idle_ns;
+        if (!err) stream->extra->active = loop->now;
         if (!err) err = tcpsrv__alarm_arm(stream);
     }
     if (!err && fd >= 0)
@@ -6437,6 +6438,7 @@ TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
     if (!extra->read_ns) extra->read_due = 0;
     if (!extra->write_ns) extra->write_due = 0;
+    stream->timed = extra->read_ns || extra->write_ns;
     if (stream->out.last && tcpsrv__write_deadline(stream) != 0)
         return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
     return 0;
@@ -6534,7 +6536,7 @@ static TCPSRV__APART int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want
         if (stream->burst == TCPSRV__BURST) {
             tcpsrv__make_ready(&stream->source);
         } else if (stream->burst++, tcpsrv__read_try(stream, &err, &wait.bytes)) {
-            if (err || stream->extra || stream->cancelled) tcpsrv__read_ended(stream, err);
+            if (err || stream->timed || stream->cancelled) tcpsrv__read_ended(stream, err);
             stream->read_fn = NULL;
             if (stream->in) tcpsrv__recharge(stream);
             if (err) return tcpsrv__await_refused(err, stream, bytes);
@@ -6582,7 +6584,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in;
     tcpsrv__read_wait wait;
-    if (loop->corked != stream || !loop->current || stream->read_fn || stream->extra) goto anyhow;
+    if (loop->corked != stream || !loop->current || stream->read_fn || stream->timed) goto anyhow;
     if (!max) max = stream->owner->options.max_buffer_size;
     if (in && in->begin != in->end) {
         if (tcpsrv__await_buffered(stream, *delimiter, max, bytes)) return 0;
@@ -6671,7 +6673,7 @@ static TCPSRV__NOINLINE int tcpsrv__write_anyhow(tcpsrv_stream *stream, const vo
                                                  size_t size) {
     size_t most = stream->owner->gather_max;
     tcpsrv__uncork(stream);
-    if (!size || size > most || stream->out.size + size > most || stream->extra || stream->dead ||
+    if (!size || size > most || stream->out.size + size > most || stream->timed || stream->dead ||
         stream->closing || stream->shut_wanted)
         return tcpsrv__write_named(stream, data, size);
     if (tcpsrv__queue_append(stream->source.loop, &stream->out, data, size) != 0)

@@ -346,7 +346,7 @@ static void who_waits_for_the_server_is_not_idle(void) {
     n = fill(fds);
     CHECK_INT(send(waits, "three\n", 6, MSG_NOSIGNAL), 6);
     turns(20);
-    stream->extra->idle_due = loop->now; /* as if that time had passed */
+    stream->extra->active = loop->now - stream->owner->idle_ns; /* as if that time had passed */
     CHECK_INT(tcpsrv__alarm_arm(stream), 0);
     turns(20);
     CHECK_INT(answer(waits), -2);

@@ -371,11 +371,17 @@ static void results_of_handlers_are_logged_with_the_peer(void) {
 static void idle_body(void) {
     int fd = client(tcpsrv_port(server, 0)), i;
     tcpsrv_stats stats;
-    for (i = 0; i < 4; i++) {
+    for (i = 0; i < 7; i++) {
         test_sleep_ms(25);
         ask(fd, "busy\n");
         expect(fd, "busy\n");
     }
+    for (i = 0; i < 7; i++) { /* nor one that sends byte by byte */
+        test_sleep_ms(25);
+        ask(fd, i < 6 ? "b" : "\n");
+        turns(1);
+    }
+    expect(fd, "bbbbbb\n");
     CHECK(at_end(fd) != 0);
     tcpsrv_get_stats(server, &stats);
     CHECK_INT(stats.timeouts_idle, 1);
@@ -384,6 +390,11 @@ static void idle_body(void) {
 
 static void an_idle_connection_ends_and_a_busy_one_does_not(void) {
     tcpsrv_options options = options_for(1);
+    options.idle_timeout_ms = 60;
+    begin(&options);
+    idle_body();
+    end();
+    options = options_for(0);
     options.idle_timeout_ms = 60;
     begin(&options);
     idle_body();

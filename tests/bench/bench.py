@@ -3,6 +3,7 @@
 
     bench.py run       everything, interleaved, into BUILD/bench/results.jsonl; prints the report
     bench.py count     instructions and system calls a request, exact
+    bench.py lines     the ten lines of the library that take most instructions of a request
     bench.py check     the same compared with tests/bench/expected.tsv; record writes that file
     bench.py plot      tables and pictures in tests/bench/results from the last run
 
@@ -297,6 +298,64 @@ def print_counts(servers):
               .format(**dict(row, instructions=row["instructions"] or 0)), flush=True)
 
 
+# ---- where the time goes -------------------------------------------------------------------------
+
+HEADER = os.path.join(HERE, "../../tcpserver.h")
+
+
+def line_costs(server, mode, work):
+    """Instructions by (function, file, line), from what callgrind writes; an inlined function's
+    lines are its own, under the function that they are inlined in."""
+    costs, function, file, called = {}, "", "", False
+    with tempfile.NamedTemporaryFile("r") as out:
+        run_counted(server, mode, work, ["valgrind", "--tool=callgrind", "--log-file=/dev/null",
+                                         "--callgrind-out-file=" + out.name, "--compress-pos=no",
+                                         "--compress-strings=no"])
+        for line in out:
+            name, equals, value = line.rstrip("\n").partition("=")
+            if equals and name in ("fl", "fi", "fe"):
+                file = os.path.basename(value)
+            elif equals and name == "fn":
+                function = value
+            elif equals and name == "calls":
+                called = True # the next line says what the call cost, which is not the line's own
+            elif line[0].isdigit():
+                place, cost = line.split()[:2]
+                if not called:
+                    key = function, file, int(place)
+                    costs[key] = costs.get(key, 0) + int(cost)
+                called = False
+    return costs
+
+
+def lines_each(server, mode, work, requests, rounds):
+    few, many = (line_costs(server, mode, f"{work} {n * rounds}") for n in (1, 2))
+    return {key: (many[key] - few.get(key, 0)) / (requests * rounds) for key in many}
+
+
+def summed(costs, key_of):
+    sums = {}
+    for key, cost in costs.items():
+        if key_of(key):
+            sums[key_of(key)] = sums.get(key_of(key), 0) + cost
+    return sorted(sums.items(), key=lambda item: -item[1])
+
+
+def print_lines(servers, most=10):
+    with open(HEADER) as file:
+        text = [""] + file.read().split("\n")
+    for server in servers:
+        for work in WORK or ["50-connections"]:
+            costs = lines_each(server, *COUNTED[work])
+            print(f"\n{server}, {work}: {sum(costs.values()):.1f} instructions a request")
+            for function, cost in summed(costs, lambda key: key[0])[:most]:
+                print(f"{cost:10.1f}  {function}")
+            print("of tcpserver.h:")
+            lines = summed(costs, lambda key: key[1] == "tcpserver.h" and key[2])
+            for number, cost in lines[:most]:
+                print(f"{cost:10.1f}  {number:5}: {text[number].strip()}")
+
+
 # ---- kept ----------------------------------------------------------------------------------------
 
 ALLOWED = 1.03
@@ -553,6 +612,8 @@ def main():
     enter_own_network()
     if command == "count":
         print_counts(ONLY or ["raw_epoll"] + OURS)
+    elif command == "lines":
+        print_lines(ONLY or OURS)
     elif command == "check":
         return check()
     elif command == "record":
