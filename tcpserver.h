@@ -240,10 +240,12 @@ TCPSRV_API uint64_t tcpsrv_loop_now(const tcpsrv_loop *loop);
 /* Timers: fn(arg) once on the next turn, once after delay_ms, or every period_ms (> 0) on the grid
    begun by the call; what a late loop missed is skipped. Equal deadlines run in the order of the
    calls. A timer made by a timer waits for the next turn. Returns an id, -ENOMEM, or -EINVAL. */
-TCPSRV_API int64_t tcpsrv_call_soon(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg);
 TCPSRV_API int64_t tcpsrv_call_later(tcpsrv_loop *loop, int64_t delay_ms, tcpsrv_fn *fn, void *arg);
 TCPSRV_API int64_t tcpsrv_call_every(tcpsrv_loop *loop, int64_t period_ms, tcpsrv_fn *fn,
                                      void *arg);
+static inline int64_t tcpsrv_call_soon(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
+    return tcpsrv_call_later(loop, 0, fn, arg);
+}
 
 /* Calls fn(fd, events, arg) as long as the descriptor is ready (level-triggered); events is a set
    of TCPSRV_READ and TCPSRV_WRITE, a hang-up or error is told as TCPSRV_HANGUP besides. The
@@ -306,27 +308,61 @@ typedef struct tcpsrv_want {
     void *memory;                 /* the delimiter, the regex, the caller's memory, or arg */
     tcpsrv_extent extent;
 } tcpsrv_want;
+enum {
+    TCPSRV__WANT_CHAR = 1, TCPSRV__WANT_UNTIL,  /* delimiters, of one byte and of more */
+    TCPSRV__WANT_REGEX, TCPSRV__WANT_FRAME,     /* the others with a search, */
+    TCPSRV__WANT_SOME,                          /* and that need a byte */
+    TCPSRV__WANT_EXACTLY, TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE, TCPSRV__WANT_READY
+};
+
+static inline tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *memory) {
+    tcpsrv_want want;
+    want.kind = kind;
+    want.extent.size = size;
+    want.max = max;
+    want.memory = (void *)(uintptr_t)memory;
+    return want;
+}
 
 /* Up to and with a delimiter, which is borrowed until the read ends. TCPSRV_ETOOBIG when the
    message with its delimiter is longer than max, found or not. */
 TCPSRV_API tcpsrv_want tcpsrv_until(const char *delimiter, size_t max);
-TCPSRV_API tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max);
+static inline tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
+    int kind = size > 1 ? TCPSRV__WANT_UNTIL : size ? TCPSRV__WANT_CHAR : 0;
+    return tcpsrv__want(kind, size, max, delimiter);
+}
 /* As tcpsrv_until, for a compiled POSIX regex_t (leftmost match in what has arrived). */
-TCPSRV_API tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max);
+static inline tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_REGEX, 1, max, regex);
+}
 /* Exactly so many bytes. TCPSRV_ETOOBIG at once when that is more than max_buffer_size. */
-TCPSRV_API tcpsrv_want tcpsrv_exactly(size_t size);
+static inline tcpsrv_want tcpsrv_exactly(size_t size) {
+    return tcpsrv__want(TCPSRV__WANT_EXACTLY, size, 0, NULL);
+}
 /* 1 to max bytes, as soon as there are any. */
-TCPSRV_API tcpsrv_want tcpsrv_some(size_t max);
+static inline tcpsrv_want tcpsrv_some(size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_SOME, 1, max, NULL);
+}
 /* Exactly size bytes into the caller's memory, borrowed until the read ends. */
-TCPSRV_API tcpsrv_want tcpsrv_into(void *memory, size_t size);
+static inline tcpsrv_want tcpsrv_into(void *memory, size_t size) {
+    return tcpsrv__want(TCPSRV__WANT_INTO, size, 0, memory);
+}
 /* All until the peer finishes, possibly nothing. */
-TCPSRV_API tcpsrv_want tcpsrv_until_close(size_t max);
+static inline tcpsrv_want tcpsrv_until_close(size_t max) {
+    return tcpsrv__want(TCPSRV__WANT_CLOSE, 1, max, NULL);
+}
 /* The caller's own framing: find_end(data, size, arg) gives the message's length, also when it is
    more than size (it is then not asked again until that much is there), 0 for not yet, negative to
    end the read with TCPSRV_EREFUSED. */
-TCPSRV_API tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max);
+static inline tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
+    tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 0, max, arg);
+    want.extent.find_end = find_end;
+    return want;
+}
 /* No bytes: until the stream is connected, and its TLS handshake over. */
-TCPSRV_API tcpsrv_want tcpsrv_ready(void);
+static inline tcpsrv_want tcpsrv_ready(void) {
+    return tcpsrv__want(TCPSRV__WANT_READY, 0, 0, NULL);
+}
 
 /* Reads with a callback: fn(stream, err, bytes, arg) exactly once, never before this returns. One
    read at a time: TCPSRV_EBUSY, and the first is untouched. err is 0; TCPSRV_EOF, ETOOBIG,
@@ -340,10 +376,18 @@ TCPSRV_API int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read_
 TCPSRV_API int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes);
 TCPSRV_API int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, size_t max,
                                  tcpsrv_bytes *bytes);
-TCPSRV_API int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes);
-TCPSRV_API int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes);
-TCPSRV_API int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size);
-TCPSRV_API int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes);
+static inline int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_exactly(size), bytes);
+}
+static inline int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_some(max), bytes);
+}
+static inline int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size) {
+    return tcpsrv_await(stream, tcpsrv_into(memory, size), NULL);
+}
+static inline int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
+    return tcpsrv_await(stream, tcpsrv_until_close(max), bytes);
+}
 
 /* What is buffered, not consumed; nothing while a read waits. Returns its size. */
 TCPSRV_API size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes);
@@ -547,7 +591,9 @@ TCPSRV_API int tcpsrv_start(tcpsrv *server, int num_processes);
 
 /* Accepts on listening sockets made elsewhere; the server owns them, also when this fails. */
 TCPSRV_API int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count);
-TCPSRV_API int tcpsrv_add_socket(tcpsrv *server, int fd);
+static inline int tcpsrv_add_socket(tcpsrv *server, int fd) {
+    return tcpsrv_add_sockets(server, &fd, 1);
+}
 
 /* Closes the listening sockets; open connections go on. It may listen again. */
 TCPSRV_API void tcpsrv_stop(tcpsrv *server);
@@ -1137,25 +1183,21 @@ static long tcpsrv__sys_pid(void) {
     return (long)getpid();
 }
 
-static int tcpsrv__set_cloexec_nonblock(int fd) {
-    int flags = fcntl(fd, F_GETFL);
-    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0) return tcpsrv__failed();
+/* Whether it was blocking before, or a code. */
+static TCPSRV__COLD int tcpsrv__sys_set_blocking(int fd, int on) {
+    int flags = fcntl(fd, F_GETFL), blocking = (flags & O_NONBLOCK) == 0;
+    if (flags < 0 || (on != blocking && fcntl(fd, F_SETFL, flags ^ O_NONBLOCK) < 0))
+        return tcpsrv__failed();
+    return blocking;
+}
+
+static int tcpsrv__sys_close_on_exec(int fd) {
     return tcpsrv__sys_result(fcntl(fd, F_SETFD, FD_CLOEXEC));
 }
 
-static int tcpsrv__sys_is_nonblocking(int fd) {
-    int flags = fcntl(fd, F_GETFL);
-    return flags < 0 ? tcpsrv__failed() : (flags & O_NONBLOCK) != 0;
-}
-
-static int tcpsrv__sys_set_nonblocking(int fd) {
-    int flags = fcntl(fd, F_GETFL);
-    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? tcpsrv__failed() : 0;
-}
-
-static void tcpsrv__sys_set_blocking(int fd) {
-    int flags = fcntl(fd, F_GETFL);
-    if (flags >= 0) fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
+static TCPSRV__COLD int tcpsrv__set_cloexec_nonblock(int fd) {
+    int err = tcpsrv__sys_set_blocking(fd, 0);
+    return err < 0 ? err : tcpsrv__sys_close_on_exec(fd);
 }
 
 static int tcpsrv__sys_dup(int fd) {
@@ -1368,11 +1410,6 @@ static int tcpsrv__sys_connected(int fd) {
     return tcpsrv__sys_peer_name(fd, &name, &size) == 0;
 }
 
-static int tcpsrv__sys_is_socket(int fd) {
-    struct stat status;
-    if (fstat(fd, &status) != 0) return tcpsrv__failed();
-    return S_ISSOCK(status.st_mode) ? 1 : 0;
-}
 
 /* As epoll says it: a file or directory is always ready, and cannot be waited for. */
 static TCPSRV__UNUSED int tcpsrv__sys_can_wait(int fd) {
@@ -2112,10 +2149,6 @@ static void tcpsrv__sys_clear_variable(const char *name) {
     unsetenv(name);
 }
 
-static int tcpsrv__sys_close_on_exec(int fd) {
-    return tcpsrv__sys_result(fcntl(fd, F_SETFD, FD_CLOEXEC));
-}
-
 /* One datagram; waits a second at most for room in the receiver's queue. */
 static int tcpsrv__sys_tell(const struct sockaddr *name, socklen_t size, const char *text) {
     struct timeval limit;
@@ -2738,6 +2771,7 @@ typedef struct tcpsrv__class {
     void (*flush)(tcpsrv__source *source);    /* its turn on the flush list */
     void (*drop)(tcpsrv__source *source);     /* the loop is being freed, or tcpsrv_cancel */
     void (*destroy)(tcpsrv__source *source);  /* give back its memory; NULL: begins with it */
+    size_t size;                              /* of what begins with it; 0: made elsewhere */
     int may_cancel;                           /* that tcpsrv_cancel drops it */
 } tcpsrv__class;
 
@@ -2866,6 +2900,16 @@ static TCPSRV__COLD int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv
     source->fd = fd;
     source->id = (int64_t)(((uint64_t)slot->generation << 32) | number);
     return 0;
+}
+
+/* Zeroed memory that begins with a source; NULL, and *err says why. */
+static TCPSRV__COLD void *tcpsrv__source_new(const tcpsrv__class *type, tcpsrv_loop *loop, int fd,
+                                             int *err) {
+    tcpsrv__source *source = (tcpsrv__source *)tcpsrv__alloc(type->size);
+    *err = source ? tcpsrv__source_init(source, type, loop, fd) : -ENOMEM;
+    if (!*err) return source;
+    tcpsrv__free(source);
+    return NULL;
 }
 
 static TCPSRV__NOINLINE tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, int64_t id) {
@@ -3130,7 +3174,7 @@ static TCPSRV__COLD void tcpsrv__signal_destroy(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__signal_class = {
-    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_destroy, 1
+    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_destroy, sizeof(tcpsrv__signal_call), 1
 };
 
 static int tcpsrv__signal_claim(tcpsrv_loop *loop, int signo) {
@@ -3149,13 +3193,8 @@ TCPSRV_IMPL int64_t tcpsrv_on_signal(tcpsrv_loop *loop, int signo, tcpsrv_signal
     tcpsrv__signal_call *call;
     int err;
     if (signo <= 0 || signo >= TCPSRV__NSIG) return tcpsrv__fail(-EINVAL, "on_signal", NULL);
-    call = (tcpsrv__signal_call *)tcpsrv__alloc(sizeof *call);
-    if (!call) return tcpsrv__fail(-ENOMEM, "on_signal", NULL);
-    err = tcpsrv__source_init(&call->source, &tcpsrv__signal_class, loop, -1);
-    if (err) {
-        tcpsrv__free(call);
-        return tcpsrv__fail(err, "on_signal", NULL);
-    }
+    call = (tcpsrv__signal_call *)tcpsrv__source_new(&tcpsrv__signal_class, loop, -1, &err);
+    if (!call) return tcpsrv__fail(err, "on_signal", NULL);
     call->signo = signo;
     call->fn = fn;
     call->arg = arg;
@@ -3323,7 +3362,7 @@ static TCPSRV__COLD void tcpsrv__call_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__call_class = {
-    NULL, NULL, NULL, tcpsrv__call_cancel, NULL, 1
+    NULL, NULL, NULL, tcpsrv__call_cancel, NULL, sizeof(tcpsrv__call), 1
 };
 
 /* The first point of the grid that has not passed. */
@@ -3350,28 +3389,21 @@ static TCPSRV__COLD void tcpsrv__call_fire(tcpsrv_loop *loop, tcpsrv__timer *tim
 
 static TCPSRV__COLD int64_t tcpsrv__call_new(tcpsrv_loop *loop, uint64_t delay, uint64_t period,
                                 tcpsrv_fn *fn, void *arg) {
-    tcpsrv__call *call = (tcpsrv__call *)tcpsrv__alloc(sizeof *call);
+    tcpsrv__call *call;
     int err;
-    if (!call) return tcpsrv__fail(-ENOMEM, "timer", NULL);
+    call = (tcpsrv__call *)tcpsrv__source_new(&tcpsrv__call_class, loop, -1, &err);
+    if (!call) return tcpsrv__fail(err, "timer", NULL);
     call->fn = fn;
     call->arg = arg;
     call->period = period;
     call->timer.fire = tcpsrv__call_fire;
-    err = tcpsrv__timer_reserve(loop, 1);
-    if (!err) err = tcpsrv__source_init(&call->source, &tcpsrv__call_class, loop, -1);
-    if (err) {
-        tcpsrv__free(call);
-        return tcpsrv__fail(err, "timer", NULL);
-    }
-    tcpsrv__timer_arm(loop, &call->timer, tcpsrv__clock_ns() + delay);
-    return call->source.id;
+    err = tcpsrv__timer_arm(loop, &call->timer, tcpsrv__clock_ns() + delay);
+    if (!err) return call->source.id;
+    tcpsrv__source_end(&call->source);
+    return tcpsrv__fail(err, "timer", NULL);
 }
 
 /* A delay counts from the call, not from the beginning of its turn. */
-TCPSRV_IMPL int64_t tcpsrv_call_soon(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
-    return tcpsrv__call_new(loop, 0, 0, fn, arg);
-}
-
 TCPSRV_IMPL int64_t tcpsrv_call_later(tcpsrv_loop *loop, int64_t delay_ms, tcpsrv_fn *fn,
                                       void *arg) {
     return tcpsrv__call_new(loop, tcpsrv__ms_to_ns(delay_ms), 0, fn, arg);
@@ -3409,18 +3441,15 @@ static TCPSRV__COLD void tcpsrv__watch_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__watch_class = {
-    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, NULL, 1
+    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, NULL, sizeof(tcpsrv__watch), 1
 };
 
 TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
                                     void *arg) {
-    tcpsrv__watch *watch = (tcpsrv__watch *)tcpsrv__alloc(sizeof *watch);
-    int err = watch ? 0 : -ENOMEM;
-    if (!err) err = tcpsrv__source_init(&watch->source, &tcpsrv__watch_class, loop, fd);
-    if (err) {
-        tcpsrv__free(watch);
-        return tcpsrv__fail(err, "watch_fd", NULL);
-    }
+    tcpsrv__watch *watch;
+    int err;
+    watch = (tcpsrv__watch *)tcpsrv__source_new(&tcpsrv__watch_class, loop, fd, &err);
+    if (!watch) return tcpsrv__fail(err, "watch_fd", NULL);
     watch->fn = fn;
     watch->arg = arg;
     watch->events = events;
@@ -3909,7 +3938,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__co_class = {
-    NULL, tcpsrv__co_run, NULL, tcpsrv__co_drop, tcpsrv__co_destroy, 0
+    NULL, tcpsrv__co_run, NULL, tcpsrv__co_drop, tcpsrv__co_destroy, 0, 0
 };
 
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__co_class;
@@ -4103,7 +4132,7 @@ struct tcpsrv__co {
     int unused;
 };
 
-static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, 0 };
+static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, 0, 0 };
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__no_class;
 
 static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
@@ -4577,12 +4606,6 @@ static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *qu
    contract of tcpsrv_close names. */
 
 enum {
-    TCPSRV__WANT_CHAR = 1, TCPSRV__WANT_UNTIL,  /* delimiters, of one byte and of more */
-    TCPSRV__WANT_REGEX, TCPSRV__WANT_FRAME,     /* the others with a search, */
-    TCPSRV__WANT_SOME,                          /* and that need a byte */
-    TCPSRV__WANT_EXACTLY, TCPSRV__WANT_INTO, TCPSRV__WANT_CLOSE, TCPSRV__WANT_READY
-};
-enum {
     TCPSRV__BURST = 200,            /* messages served from the buffer before others have a turn */
     TCPSRV__LINGER_SIZE = 65536,
     TCPSRV__LINGER_MS = 2000
@@ -4723,13 +4746,6 @@ static TCPSRV__COLD void tcpsrv__name_address(const tcpsrv__peer_name *name,
     memcpy(address->ip, name->ip, sizeof name->ip);
 }
 
-static TCPSRV__COLD void tcpsrv__name_peer(tcpsrv__peer_name *name,
-                                           const tcpsrv_address *address) {
-    name->family = (uint16_t)address->family;
-    name->port = address->port;
-    name->scope_id = address->scope_id;
-    memcpy(name->ip, address->ip, sizeof name->ip);
-}
 
 static TCPSRV__COLD void tcpsrv__peer_name_of(const tcpsrv_stream *stream,
                                               tcpsrv__peer_name *name) {
@@ -5010,7 +5026,7 @@ static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
     if (fd < 0) return;
     if (!stream->unpolled) tcpsrv__poller_forget(&stream->source.loop->poller, fd);
     if (stream->aborting && tcpsrv__io(stream)->is_socket) tcpsrv__sys_reset_on_close(fd);
-    if (stream->was_blocking) tcpsrv__sys_set_blocking(fd);
+    if (stream->was_blocking) tcpsrv__sys_set_blocking(fd, 1);
     tcpsrv__sys_close(fd);
     stream->source.fd = -1;
 }
@@ -5615,54 +5631,8 @@ TCPSRV_HOT size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) 
     return bytes->size;
 }
 
-/* ---- read values ----------------------------------------------------------------------------- */
-
-TCPSRV__INLINE tcpsrv_want tcpsrv__want(int kind, size_t size, size_t max, const void *memory) {
-    tcpsrv_want want;
-    want.kind = kind;
-    want.extent.size = size;
-    want.max = max;
-    want.memory = (void *)(uintptr_t)memory;
-    return want;
-}
-
-TCPSRV_FAST tcpsrv_want tcpsrv_until_mem(const void *delimiter, size_t size, size_t max) {
-    int kind = size > 1 ? TCPSRV__WANT_UNTIL : size ? TCPSRV__WANT_CHAR : 0;
-    return tcpsrv__want(kind, size, max, delimiter);
-}
-
 TCPSRV_FAST tcpsrv_want tcpsrv_until(const char *delimiter, size_t max) {
     return tcpsrv_until_mem(delimiter, strlen(delimiter), max);
-}
-
-TCPSRV_IMPL tcpsrv_want tcpsrv_until_regex(const void *regex, size_t max) {
-    return tcpsrv__want(TCPSRV__WANT_REGEX, 1, max, regex);
-}
-
-TCPSRV_FAST tcpsrv_want tcpsrv_exactly(size_t size) {
-    return tcpsrv__want(TCPSRV__WANT_EXACTLY, size, 0, NULL);
-}
-
-TCPSRV_FAST tcpsrv_want tcpsrv_some(size_t max) {
-    return tcpsrv__want(TCPSRV__WANT_SOME, 1, max, NULL);
-}
-
-TCPSRV_FAST tcpsrv_want tcpsrv_into(void *memory, size_t size) {
-    return tcpsrv__want(TCPSRV__WANT_INTO, size, 0, memory);
-}
-
-TCPSRV_IMPL tcpsrv_want tcpsrv_until_close(size_t max) {
-    return tcpsrv__want(TCPSRV__WANT_CLOSE, 1, max, NULL);
-}
-
-TCPSRV_FAST tcpsrv_want tcpsrv_frame(tcpsrv_find_end_fn *find_end, void *arg, size_t max) {
-    tcpsrv_want want = tcpsrv__want(TCPSRV__WANT_FRAME, 0, max, arg);
-    want.extent.find_end = find_end;
-    return want;
-}
-
-TCPSRV_IMPL tcpsrv_want tcpsrv_ready(void) {
-    return tcpsrv__want(TCPSRV__WANT_READY, 0, 0, NULL);
 }
 
 /* ---- writing --------------------------------------------------------------------------------- */
@@ -6304,7 +6274,7 @@ static TCPSRV__COLD void tcpsrv__stream_drop(tcpsrv__source *source) {
 
 static const tcpsrv__class tcpsrv__stream_class = {
     tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_flush, tcpsrv__stream_drop,
-    tcpsrv__stream_destroy, 0
+    tcpsrv__stream_destroy, 0, 0
 };
 
 /* ---- making streams -------------------------------------------------------------------------- */
@@ -6625,21 +6595,6 @@ TCPSRV_FAST int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, 
     return tcpsrv_await(stream, tcpsrv_until(delimiter, max), bytes);
 }
 
-TCPSRV_HOT int tcpsrv_read_bytes(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
-    return tcpsrv_await(stream, tcpsrv_exactly(size), bytes);
-}
-
-TCPSRV_HOT int tcpsrv_read_some(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
-    return tcpsrv_await(stream, tcpsrv_some(max), bytes);
-}
-
-TCPSRV_HOT int tcpsrv_read_into(tcpsrv_stream *stream, void *memory, size_t size) {
-    return tcpsrv_await(stream, tcpsrv_into(memory, size), NULL);
-}
-
-TCPSRV_IMPL int tcpsrv_read_until_close(tcpsrv_stream *stream, size_t max, tcpsrv_bytes *bytes) {
-    return tcpsrv_await(stream, tcpsrv_until_close(max), bytes);
-}
 
 /* ---- writing --------------------------------------------------------------------------------- */
 
@@ -9449,9 +9404,13 @@ static int tcpsrv__look_up(tcpsrv__lookup *lookup) {
     return lookup->err;
 }
 
+static TCPSRV__COLD void tcpsrv__host_text(const char *host, int port, char *text) {
+    snprintf(text, TCPSRV_ADDRESS_TEXT, "%s:%d", host && *host ? host : "*", port);
+}
+
 static int tcpsrv__fail_host(int code, const char *step, const char *host, int port) {
     char place[TCPSRV_ADDRESS_TEXT];
-    snprintf(place, sizeof place, "%s:%d", host && *host ? host : "*", port);
+    tcpsrv__host_text(host, port, place);
     return tcpsrv__fail(code, step, place);
 }
 
@@ -9710,7 +9669,7 @@ static TCPSRV__COLD long tcpsrv__decimal(const char *text, long most) {
 
 /* The bytes of an address, an IPv4-mapped one's as those of IPv4 (RFC 4291 2.5.5.2). Gives their
    family; 0 for none. */
-static TCPSRV__COLD int tcpsrv__plain_ip(const tcpsrv__peer_name *name, const unsigned char **ip) {
+static TCPSRV__COLD int tcpsrv__plain_ip(const tcpsrv_address *name, const unsigned char **ip) {
     static const unsigned char mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 255, 255 };
     *ip = name->ip;
     if (name->family != AF_INET6 || memcmp(name->ip, mapped, sizeof mapped) != 0)
@@ -9720,7 +9679,7 @@ static TCPSRV__COLD int tcpsrv__plain_ip(const tcpsrv__peer_name *name, const un
 }
 
 static TCPSRV__COLD int tcpsrv__network_has(const tcpsrv__network *network,
-                                            const tcpsrv__peer_name *name) {
+                                            const tcpsrv_address *name) {
     const unsigned char *ip;
     int family = tcpsrv__plain_ip(name, &ip), whole = network->bits / 8, rest = network->bits % 8;
     if (name->family == AF_UNIX) return network->family == AF_UNIX;
@@ -9748,11 +9707,13 @@ static TCPSRV__COLD int tcpsrv__network_parse(char *text, tcpsrv__network *netwo
 
 /* The next of a list, in text of size 64; 0: no more. *list moves behind it. */
 static TCPSRV__COLD int tcpsrv__network_next(const char **list, char *text) {
-    size_t size;
-    *list += strspn(*list, ", \t\n");
-    size = strcspn(*list, ", \t\n");
-    snprintf(text, 64, "%.*s", (int)(size < 64 ? size : 63), *list);
-    *list += size;
+    const char *at = *list;
+    size_t size = 0;
+    while (*at && strchr(", \t\n", *at)) at++;
+    for (; *at && !strchr(", \t\n", *at); at++)
+        if (size < 63) text[size++] = *at;
+    text[size] = 0;
+    *list = at;
     return size > 0;
 }
 
@@ -9767,10 +9728,19 @@ enum {
 static const char tcpsrv__proxy_1[] = "PROXY ";
 static const char tcpsrv__proxy_2[] = "\r\n\r\n\0\r\nQUIT\n";
 
-/* Whether the bytes begin as the signature does, as far as they go. */
+/* Whether the bytes begin as a signature does, as far as they go. */
 static TCPSRV__COLD int tcpsrv__proxy_begins(const char *data, size_t size, const char *signature,
                                              size_t length) {
     return memcmp(data, signature, size < length ? size : length) == 0;
+}
+
+/* Of a header that begins so; 0: none. Wholly: all of the signature must be there. */
+static TCPSRV__COLD int tcpsrv__proxy_version(const char *data, size_t size, int wholly) {
+    if ((!wholly || size >= sizeof tcpsrv__proxy_1 - 1) &&
+        tcpsrv__proxy_begins(data, size, tcpsrv__proxy_1, sizeof tcpsrv__proxy_1 - 1))
+        return 1;
+    return (!wholly || size >= sizeof tcpsrv__proxy_2 - 1) &&
+           tcpsrv__proxy_begins(data, size, tcpsrv__proxy_2, sizeof tcpsrv__proxy_2 - 1) ? 2 : 0;
 }
 
 /* A tcpsrv_find_end_fn: refuses as soon as it cannot become a header any more. */
@@ -9779,13 +9749,14 @@ static TCPSRV__COLD int64_t tcpsrv__proxy_end(const char *data, size_t size, voi
     const size_t most = TCPSRV__PROXY_LINE;
     const char *end;
     int64_t length;
+    int version = tcpsrv__proxy_version(data, size, 0);
     (void)arg;
-    if (tcpsrv__proxy_begins(data, size, tcpsrv__proxy_1, sizeof tcpsrv__proxy_1 - 1)) {
+    if (version == 1) {
         end = (const char *)memchr(data, '\n', size < most ? size : most);
         if (end) return end[-1] == '\r' ? end - data + 1 : -1;
         return size < most ? 0 : -1;
     }
-    if (!tcpsrv__proxy_begins(data, size, tcpsrv__proxy_2, sizeof tcpsrv__proxy_2 - 1)) return -1;
+    if (!version) return -1;
     if (size > 12 && head[12] >> 4 != 2) return -1;
     if (size < TCPSRV__PROXY_HEAD) return 0;
     length = TCPSRV__PROXY_HEAD + (head[14] << 8) + head[15];
@@ -9935,12 +9906,11 @@ static TCPSRV__COLD int tcpsrv__tell(const char *path, const char *state) {
 
 /* Whether one of the lines is READY=1. */
 static int tcpsrv__says_ready(const char *words) {
-    const char *at = words;
-    while ((at = strstr(at, "READY=1")) != NULL) {
-        if ((at == words || at[-1] == '\n') && (!at[7] || at[7] == '\n')) return 1;
-        at += 7;
+    while (strncmp(words, "READY=1", 7) != 0 || (words[7] && words[7] != '\n')) {
+        words = strchr(words, '\n');
+        if (!words++) return 0;
     }
-    return 0;
+    return 1;
 }
 
 /* A successor speaks to its predecessor, until it has said that it is ready or nobody listens there
@@ -10024,20 +9994,19 @@ static void tcpsrv__peer_of(tcpsrv_stream *stream, int fd) {
     struct sockaddr_storage name;
     socklen_t size = sizeof name;
     tcpsrv_address address;
-    memset(&address, 0, sizeof address);
-    if (tcpsrv__sys_peer_name(fd, &name, &size) == 0)
-        tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, size);
+    int err = tcpsrv__sys_peer_name(fd, &name, &size);
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&name, err ? 0 : size);
     tcpsrv__set_peer(stream, &address);
 }
 
 TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
     tcpsrv__lone *lone;
     tcpsrv_stream *stream;
-    int is_socket = tcpsrv__sys_is_socket(fd), nonblocking, err;
-    nonblocking = is_socket < 0 ? is_socket : tcpsrv__sys_is_nonblocking(fd);
-    err = nonblocking < 0 ? nonblocking : tcpsrv__sys_set_nonblocking(fd);
-    if (err) {
-        tcpsrv__fail(err, "stream_from_fd", NULL);
+    tcpsrv_address own;
+    int err = tcpsrv__own_address(fd, &own), is_socket = err != -ENOTSOCK;
+    int was_blocking = err && is_socket ? err : tcpsrv__sys_set_blocking(fd, 0);
+    if (was_blocking < 0) {
+        tcpsrv__fail(was_blocking, "stream_from_fd", NULL);
         return NULL;
     }
     lone = tcpsrv__lone_new(NULL);
@@ -10052,23 +10021,19 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_stream_from_fd(tcpsrv_loop *loop, int fd) {
     }
     stream = tcpsrv__lone_start(lone, loop, fd, TCPSRV__EVENT_READ);
     if (!stream) {
-        if (!nonblocking) tcpsrv__sys_set_blocking(fd);
+        if (was_blocking) tcpsrv__sys_set_blocking(fd, 1);
         return NULL;
     }
-    stream->was_blocking = !nonblocking;
+    stream->was_blocking = was_blocking != 0;
     stream->deep = 1;
     if (is_socket) tcpsrv__peer_of(stream, fd);
     return stream;
 }
 
 TCPSRV_IMPL int tcpsrv_local(const tcpsrv_stream *stream, tcpsrv_address *address) {
-    struct sockaddr_storage name;
-    socklen_t size = sizeof name;
     int err = tcpsrv__no_descriptor(stream);
-    if (!err) err = tcpsrv__sys_name(stream->source.fd, &name, &size);
-    if (err) return tcpsrv__fail_at(err, "local", stream);
-    tcpsrv__address_from_sockaddr(address, (const struct sockaddr *)&name, size);
-    return 0;
+    if (!err) err = tcpsrv__own_address(stream->source.fd, address);
+    return err ? tcpsrv__fail_at(err, "local", stream) : 0;
 }
 
 /* ---- connecting ------------------------------------------------------------------------------ */
@@ -10117,14 +10082,15 @@ static tcpsrv__race *tcpsrv__race_of(const tcpsrv_stream *stream) {
     return TCPSRV__CONTAINER(tcpsrv__race, making, stream->extra->making);
 }
 
-static void tcpsrv__race_says(tcpsrv__race *race, const char *step, const char *host, int port) {
+/* What goes on now, and where; tried: that address is the stream's peer from now on. */
+static TCPSRV__COLD void tcpsrv__race_says(tcpsrv__race *race, const char *step, int index,
+                                           int tried) {
+    tcpsrv_address address;
+    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
+                                  race->names.size[index]);
     race->making.step = step;
-    snprintf(race->place, sizeof race->place, "%s:%d", host && *host ? host : "*",
-             port);
-}
-
-static int tcpsrv__fail_race(int code, const tcpsrv__race *race) {
-    return tcpsrv__fail(code, race->making.step, race->place);
+    tcpsrv_address_text(&address, race->place, sizeof race->place);
+    if (tried) tcpsrv__set_peer(race->stream, &address);
 }
 
 /* Takes it out of the race; its descriptor is the caller's. */
@@ -10154,14 +10120,11 @@ static TCPSRV__COLD void tcpsrv__race_give_up(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int index) {
     tcpsrv__race *race = tcpsrv__race_of(stream);
     tcpsrv_tls *tls = race->tls;
-    tcpsrv_address address;
     int err;
     race->tls = NULL;
     tcpsrv__race_give_up(stream);
-    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
-                                  race->names.size[index]);
-    tcpsrv__set_peer(stream, &address);
-    stream->deep = address.family == AF_UNIX;
+    tcpsrv__race_says(race, "connect", index, 1);
+    stream->deep = race->names.name[index].ss_family == AF_UNIX;
     if (!tls) stream->extra->connect_due = 0;
     err = tcpsrv__stream_adopt(stream, fd);
     if (!err && tls) err = tcpsrv__secure(stream, tls, 1, race->tls_name);
@@ -10176,7 +10139,6 @@ static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int ind
 static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int family) {
     struct sockaddr_storage name = race->source_name;
     socklen_t size = race->source_size;
-    char place[TCPSRV_ADDRESS_TEXT];
     if (!size && !race->source_port) return 0;
     if (!size) {
         memset(&name, 0, sizeof name);
@@ -10185,9 +10147,8 @@ static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int fami
                                   : (socklen_t)sizeof(struct sockaddr_in);
     }
     tcpsrv__set_port(&name, race->source_port);
-    tcpsrv__name_text((const struct sockaddr *)&name, size, place);
+    tcpsrv__name_text((const struct sockaddr *)&name, size, race->place);
     race->making.step = "bind source";
-    memcpy(race->place, place, sizeof place);
     if (!race->source_port && TCPSRV__BIND_NO_PORT >= 0)
         tcpsrv__sys_option(fd, IPPROTO_IP, TCPSRV__BIND_NO_PORT, 1);
     return tcpsrv__sys_bind(fd, (const struct sockaddr *)&name, size);
@@ -10195,10 +10156,11 @@ static TCPSRV__COLD int tcpsrv__bind_source(tcpsrv__race *race, int fd, int fami
 
 /* Nobody listens there, and the kernel happened to give this side that very port: the connection
    meets itself (RFC 9293 3.5, simultaneous open). */
-static TCPSRV__COLD int tcpsrv__meets_itself(int fd, const struct sockaddr *name, socklen_t size) {
+static TCPSRV__COLD int tcpsrv__meets_itself(const tcpsrv__race *race, int fd, int index) {
+    const struct sockaddr *name = (const struct sockaddr *)&race->names.name[index];
     tcpsrv_address here, there;
     if (name->sa_family == AF_UNIX || tcpsrv__own_address(fd, &here) != 0) return 0;
-    tcpsrv__address_from_sockaddr(&there, name, size);
+    tcpsrv__address_from_sockaddr(&there, name, race->names.size[index]);
     return here.port == there.port && here.family == there.family &&
            memcmp(here.ip, there.ip, sizeof here.ip) == 0;
 }
@@ -10212,29 +10174,25 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
         err = tcpsrv__bind_source(race, fd, name->sa_family);
     }
     if (err) return err;
-    race->making.step = "connect";
-    tcpsrv__name_text(name, race->names.size[index], race->place);
+    tcpsrv__race_says(race, "connect", index, 0);
     err = tcpsrv__sys_connect(fd, name, race->names.size[index]);
-    if (!err && tcpsrv__meets_itself(fd, name, race->names.size[index])) err = -ECONNREFUSED;
+    if (!err && tcpsrv__meets_itself(race, fd, index)) err = -ECONNREFUSED;
     return err < 0 ? err : !err;
 }
 
 static void tcpsrv__attempt_event(tcpsrv__source *source, int events);
 
 static const tcpsrv__class tcpsrv__attempt_class = {
-    tcpsrv__attempt_event, NULL, NULL, tcpsrv__attempt_drop, NULL, 0
+    tcpsrv__attempt_event, NULL, NULL, tcpsrv__attempt_drop, NULL, sizeof(tcpsrv__attempt), 0
 };
 
 /* 0, and the loop tells of it; or a code, and the descriptor is the caller's still. */
 static TCPSRV__COLD int tcpsrv__attempt_watch(tcpsrv__race *race, int fd, int index) {
-    tcpsrv__attempt *attempt = (tcpsrv__attempt *)tcpsrv__alloc(sizeof *attempt);
     tcpsrv_loop *loop = race->stream->source.loop;
-    int err = attempt ? 0 : -ENOMEM;
-    if (!err) err = tcpsrv__source_init(&attempt->source, &tcpsrv__attempt_class, loop, fd);
-    if (err) {
-        tcpsrv__free(attempt);
-        return err;
-    }
+    tcpsrv__attempt *attempt;
+    int err;
+    attempt = (tcpsrv__attempt *)tcpsrv__source_new(&tcpsrv__attempt_class, loop, fd, &err);
+    if (!attempt) return err;
     attempt->stream = race->stream;
     attempt->index = index;
     attempt->next = race->attempts;
@@ -10247,13 +10205,8 @@ static TCPSRV__COLD int tcpsrv__attempt_watch(tcpsrv__race *race, int fd, int in
 
 /* 0: under way, or the race is won already; or a code. */
 static TCPSRV__COLD int tcpsrv__attempt_begin(tcpsrv__race *race, int index) {
-    tcpsrv_address address;
     int err, fd = tcpsrv__sys_socket(race->names.name[index].ss_family);
-    tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
-                                  race->names.size[index]);
-    tcpsrv__set_peer(race->stream, &address);
-    race->making.step = "socket";
-    tcpsrv_address_text(&address, race->place, sizeof race->place);
+    tcpsrv__race_says(race, "socket", index, 1);
     if (fd < 0) return fd;
     err = tcpsrv__attempt_connect(race, fd, index);
     if (err > 0) {
@@ -10295,19 +10248,15 @@ static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int event
     tcpsrv__attempt *attempt = TCPSRV__CONTAINER(tcpsrv__attempt, source, source);
     tcpsrv_stream *stream = attempt->stream;
     tcpsrv__race *race = tcpsrv__race_of(stream);
-    const struct sockaddr *name =
-        (const struct sockaddr *)&race->names.name[attempt->index];
-    socklen_t size = race->names.size[attempt->index];
     int index = attempt->index, err = tcpsrv__socket_error(source->fd);
     (void)events;
     if (!err && !tcpsrv__sys_connected(source->fd)) return; /* not yet */
-    if (!err && tcpsrv__meets_itself(source->fd, name, size)) err = -ECONNREFUSED;
+    if (!err && tcpsrv__meets_itself(race, source->fd, index)) err = -ECONNREFUSED;
     if (!err) {
         tcpsrv__race_won(stream, tcpsrv__attempt_end(attempt), index);
         return;
     }
-    race->making.step = "connect";
-    tcpsrv__name_text(name, size, race->place);
+    tcpsrv__race_says(race, "connect", index, 0);
     tcpsrv__attempt_drop(source);
     err = tcpsrv__race_on(race, err);
     if (err) tcpsrv__die(stream, err);
@@ -10361,7 +10310,8 @@ static TCPSRV__COLD int tcpsrv__find_source(tcpsrv__race *race, tcpsrv__lookup *
     if (!options->source_host) return 0;
     lookup->host = options->source_host;
     lookup->port = options->source_port;
-    tcpsrv__race_says(race, "bind source", lookup->host, lookup->port);
+    race->making.step = "bind source";
+    tcpsrv__host_text(lookup->host, lookup->port, race->place);
     err = tcpsrv__look_up(lookup);
     if (err) return err;
     race->source_name = lookup->names.name[0];
@@ -10379,7 +10329,8 @@ static TCPSRV__COLD int tcpsrv__find_names(tcpsrv__race *race, tcpsrv__lookup *l
     if (err) return err;
     lookup->host = options->host;
     lookup->port = options->port;
-    tcpsrv__race_says(race, "connect", options->host, options->port);
+    race->making.step = "connect";
+    tcpsrv__host_text(options->host, options->port, race->place);
     err = tcpsrv__look_up(lookup);
     race->names = lookup->names;
     if (err != TCPSRV__NOT_NUMERIC) return err;
@@ -10390,7 +10341,6 @@ static TCPSRV__COLD int tcpsrv__find_names(tcpsrv__race *race, tcpsrv__lookup *l
 static TCPSRV__COLD int tcpsrv__find_path(tcpsrv__race *race, const char *path) {
     struct sockaddr_un name;
     int err = tcpsrv__unix_name(path, &name, &race->names.size[0]);
-    race->making.step = "connect";
     snprintf(race->place, sizeof race->place, "unix:%s", path);
     memcpy(&race->names.name[0], &name, sizeof name);
     race->names.count = 1;
@@ -10401,9 +10351,10 @@ static TCPSRV__COLD int tcpsrv__find_all(tcpsrv__race *race,
                                          const tcpsrv_connect_options *options) {
     tcpsrv__lookup *lookup;
     int err;
+    race->making.step = "connect";
     if (options->path) return tcpsrv__find_path(race, options->path);
-    tcpsrv__race_says(race, "connect", options->host && *options->host ? options->host :
-                      "(no host)", options->port);
+    tcpsrv__host_text(options->host && *options->host ? options->host : "(no host)", options->port,
+                      race->place);
     if (!options->host || !*options->host || options->port <= 0 || options->port > 65535 ||
         options->source_port < 0 || options->source_port > 65535)
         return -EINVAL;
@@ -10455,7 +10406,7 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
     if (size) race->tls_name = (char *)memcpy(race + 1, name, size);
     err = tcpsrv__race_begin(race, options);
     if (!err) return stream;
-    tcpsrv__fail_race(err, race);
+    tcpsrv__fail(err, race->making.step, race->place);
     tcpsrv_abort(stream);
     return NULL;
 }
@@ -10547,10 +10498,10 @@ static TCPSRV__COLD void tcpsrv__log(tcpsrv *server, int level, const char *line
 
 /* At most one line a second for each cause; the next one says how many were left out. */
 static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char *what,
-                                const char *place) {
+                                const tcpsrv_address *peer) {
     uint64_t now = tcpsrv__clock_ns();
     tcpsrv__log_cause *cause = server->causes, *at;
-    char line[320];
+    char line[320], place[TCPSRV_ADDRESS_TEXT] = "";
     for (at = server->causes; at < server->causes + TCPSRV__LOG_CAUSES; at++) {
         if (at->code == code) {
             cause = at;
@@ -10562,9 +10513,10 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
         cause->missed++;
         return;
     }
+    if (peer) tcpsrv_address_text(peer, place, sizeof place);
     snprintf(line, sizeof line, cause->code == code && cause->missed ? "%s%s%s: %s (%u more since)"
                                                                      : "%s%s%s: %s",
-             what, place ? " " : "", place ? place : "", tcpsrv_strerror(code), cause->missed);
+             what, peer ? " " : "", place, tcpsrv_strerror(code), cause->missed);
     cause->code = code;
     cause->missed = 0;
     cause->next = now + 1000000000u;
@@ -10573,7 +10525,6 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
 
 /* How a handler ended, where that is not an ordinary end. */
 static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv_stream *stream) {
-    char place[TCPSRV_ADDRESS_TEXT];
     tcpsrv_address address;
     int level = TCPSRV_LOG_ERROR;
     if (result == 0 || result == TCPSRV_EOF || result == TCPSRV_ECLOSED ||
@@ -10584,22 +10535,20 @@ static void tcpsrv__log_result(tcpsrv *server, int result, const tcpsrv_stream *
         (result <= TCPSRV_ETLS && result > TCPSRV_ERESOLVE)) /* told already, or cut short */
         level = TCPSRV_LOG_DEBUG;
     tcpsrv_peer(stream, &address);
-    tcpsrv_address_text(&address, place, sizeof place);
-    tcpsrv__log_limited(server, level, result, "connection from", place);
+    tcpsrv__log_limited(server, level, result, "connection from", &address);
 }
 
 /* A connection that never became ready: scanners and broken clients are normal. */
 static TCPSRV__COLD void tcpsrv__log_not_ready(tcpsrv__owner *owner, tcpsrv_stream *stream,
                                                int code) {
-    char what[80] = "connection from", place[TCPSRV_ADDRESS_TEXT];
+    char what[80] = "connection from";
     tcpsrv_address address;
     if (code == 0 || code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED) return;
     if (code == TCPSRV_ETIMEDOUT)
         snprintf(what, sizeof what, "TLS handshake timed out after %u ms, connection from",
                  (unsigned)owner->options.handshake_timeout_ms);
     tcpsrv_peer(stream, &address);
-    tcpsrv_address_text(&address, place, sizeof place);
-    tcpsrv__log_limited(tcpsrv__server_of(owner), TCPSRV_LOG_INFO, code, what, place);
+    tcpsrv__log_limited(tcpsrv__server_of(owner), TCPSRV_LOG_INFO, code, what, &address);
 }
 
 /* ---- the end of a server --------------------------------------------------------------------- */
@@ -10618,8 +10567,11 @@ static void tcpsrv__server_release(tcpsrv *server) {
     tcpsrv__free(server);
 }
 
-static TCPSRV__COLD void tcpsrv__server_unlink(tcpsrv *server) {
+static TCPSRV__COLD void tcpsrv__server_leave(tcpsrv *server) {
     tcpsrv **at = &server->loop->servers;
+    tcpsrv__timer_cancel(server->loop, &server->pause_timer);
+    tcpsrv__timer_cancel(server->loop, &server->drain_timer);
+    tcpsrv__timer_cancel(server->loop, &server->memory_timer);
     while (*at && *at != server) at = &(*at)->next;
     if (*at) *at = server->next;
 }
@@ -10630,10 +10582,7 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
     if (server->busy || server->owner.stats.active) return;
     if (server->handlers && !(server->drain_over && !server->freed)) return;
     if (server->freed && loop) {
-        tcpsrv__timer_cancel(loop, &server->pause_timer);
-        tcpsrv__timer_cancel(loop, &server->drain_timer);
-        tcpsrv__timer_cancel(loop, &server->memory_timer);
-        tcpsrv__server_unlink(server);
+        tcpsrv__server_leave(server);
         tcpsrv__source_end(&server->source);
     } else if (server->freed) {
         tcpsrv__server_release(server);
@@ -10646,11 +10595,8 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
 static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, source, source);
     tcpsrv__drain_signal *drain;
-    tcpsrv__timer_cancel(source->loop, &server->pause_timer);
-    tcpsrv__timer_cancel(source->loop, &server->drain_timer);
-    tcpsrv__timer_cancel(source->loop, &server->memory_timer);
     tcpsrv__slot_release(source->loop, source->id);
-    tcpsrv__server_unlink(server);
+    tcpsrv__server_leave(server);
     server->loop = NULL;
     server->upgrade_call = 0;
     for (drain = server->drain_signals; drain; drain = drain->next) drain->id = 0;
@@ -10662,7 +10608,7 @@ static TCPSRV__COLD void tcpsrv__server_destroy(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__server_class = {
-    NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0
+    NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0, 0
 };
 
 /* ---- pausing --------------------------------------------------------------------------------- */
@@ -10741,7 +10687,7 @@ static int tcpsrv__at_limit(tcpsrv *server) {
 /* ---- connections of one address -------------------------------------------------------------- */
 
 /* IPv6 by the first 64 bits; IPv4 in what is multicast there. 0: an address that is not counted. */
-static TCPSRV__COLD int tcpsrv__crowd_key(const tcpsrv__peer_name *peer, uint64_t *key) {
+static TCPSRV__COLD int tcpsrv__crowd_key(const tcpsrv_address *peer, uint64_t *key) {
     const unsigned char *ip;
     int i, family = tcpsrv__plain_ip(peer, &ip);
     *key = family == AF_INET ? 0xffff : 0;
@@ -10781,7 +10727,7 @@ static TCPSRV__COLD int tcpsrv__crowds_resize(tcpsrv__crowds *crowds, size_t cap
 }
 
 /* One more of that address: 0, or why not. */
-static TCPSRV__COLD int tcpsrv__crowd_join(tcpsrv__crowds *crowds, const tcpsrv__peer_name *peer,
+static TCPSRV__COLD int tcpsrv__crowd_join(tcpsrv__crowds *crowds, const tcpsrv_address *peer,
                                            size_t most) {
     tcpsrv__crowd *crowd;
     uint64_t key;
@@ -10810,7 +10756,7 @@ static TCPSRV__COLD void tcpsrv__crowd_remove(tcpsrv__crowds *crowds, tcpsrv__cr
 }
 
 static TCPSRV__COLD void tcpsrv__crowd_leave(tcpsrv__crowds *crowds,
-                                             const tcpsrv__peer_name *peer) {
+                                             const tcpsrv_address *peer) {
     tcpsrv__crowd *crowd;
     uint64_t key;
     if (!tcpsrv__crowd_key(peer, &key)) return;
@@ -10926,9 +10872,9 @@ static TCPSRV__COLD void tcpsrv__count_closed(tcpsrv_stats *stats, int code) {
 
 static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream *stream) {
     tcpsrv *server = tcpsrv__server_of(owner);
-    tcpsrv__peer_name peer;
+    tcpsrv_address peer;
     tcpsrv__count_closed(&owner->stats, stream->error);
-    tcpsrv__peer_name_of(stream, &peer);
+    tcpsrv_peer(stream, &peer);
     if (stream->counted) tcpsrv__crowd_leave(&server->crowds, &peer);
     tcpsrv__stream_free(stream);
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
@@ -10991,23 +10937,19 @@ static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *str
 /* ---- who may connect ------------------------------------------------------------------------- */
 
 static TCPSRV__COLD void tcpsrv__log_refused(tcpsrv *server, int code,
-                                             const tcpsrv__peer_name *peer) {
+                                             const tcpsrv_address *peer) {
     tcpsrv_stats *stats = &server->owner.stats;
-    char place[TCPSRV_ADDRESS_TEXT];
-    tcpsrv_address address;
     if (code == TCPSRV__EPER_IP) stats->refused_per_ip++;
     else stats->refused_proxy++;
-    tcpsrv__name_address(peer, &address);
-    tcpsrv_address_text(&address, place, sizeof place);
-    tcpsrv__log_limited(server, TCPSRV_LOG_WARNING, code, "connection refused from", place);
+    tcpsrv__log_limited(server, TCPSRV_LOG_WARNING, code, "connection refused from", peer);
 }
 
-static TCPSRV__COLD int tcpsrv__join_crowd(tcpsrv *server, const tcpsrv__peer_name *peer) {
+static TCPSRV__COLD int tcpsrv__join_crowd(tcpsrv *server, const tcpsrv_address *peer) {
     size_t most = server->owner.options.max_connections_per_ip;
     return most ? tcpsrv__crowd_join(&server->crowds, peer, most) : 0;
 }
 
-static TCPSRV__COLD int tcpsrv__trusts(const tcpsrv *server, const tcpsrv__peer_name *peer) {
+static TCPSRV__COLD int tcpsrv__trusts(const tcpsrv *server, const tcpsrv_address *peer) {
     size_t i = 0;
     while (i < server->trusted_count && !tcpsrv__network_has(&server->trusted[i], peer)) i++;
     return i < server->trusted_count;
@@ -11015,12 +10957,12 @@ static TCPSRV__COLD int tcpsrv__trusts(const tcpsrv *server, const tcpsrv__peer_
 
 /* Of a stream whose handler will not begin. */
 static TCPSRV__COLD void tcpsrv__header_refuse(tcpsrv *server, tcpsrv_stream *stream, int code) {
-    tcpsrv__peer_name peer;
+    tcpsrv_address peer;
     tcpsrv_bytes bytes;
     int silent = code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED ||
                  (code == TCPSRV_EOF && tcpsrv_peek(stream, &bytes) == 0); /* a probe */
     if (code == TCPSRV_EREFUSED || code == TCPSRV_EOF) code = TCPSRV__EPROXY;
-    tcpsrv__peer_name_of(stream, &peer);
+    tcpsrv_peer(stream, &peer);
     if (code == TCPSRV__EPROXY || code == TCPSRV__EPER_IP || code == TCPSRV_ETIMEDOUT) {
         if (!silent) tcpsrv__log_refused(server, code, &peer);
     } else {
@@ -11037,25 +10979,20 @@ static TCPSRV__COLD int tcpsrv__header_is_data(tcpsrv *server, tcpsrv_stream *st
     if (server->owner.options.proxy_protocol != TCPSRV_PROXY_OPTIONAL) return 0;
     if (err != TCPSRV_EREFUSED && err != TCPSRV_EOF) return 0;
     tcpsrv_peek(stream, &bytes);
-    return !(bytes.size >= sizeof tcpsrv__proxy_1 - 1 &&
-             memcmp(bytes.data, tcpsrv__proxy_1, sizeof tcpsrv__proxy_1 - 1) == 0) &&
-           !(bytes.size >= sizeof tcpsrv__proxy_2 - 1 &&
-             memcmp(bytes.data, tcpsrv__proxy_2, sizeof tcpsrv__proxy_2 - 1) == 0);
+    return tcpsrv__proxy_version(bytes.data, bytes.size, 1) == 0;
 }
 
 static TCPSRV__COLD void tcpsrv__header_read(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes,
                                              void *arg) {
     tcpsrv *server = (tcpsrv *)arg;
-    tcpsrv__peer_name peer;
     tcpsrv_address address;
     int known = 0;
     if (tcpsrv__header_is_data(server, stream, err)) err = 0;
     else if (!err) known = tcpsrv__proxy_parse(bytes, &address);
     if (known < 0) err = known;
-    if (!err && known) tcpsrv__set_peer(stream, &address);
-    if (!err && !known) tcpsrv_peer(stream, &address);
-    tcpsrv__peer_name_of(stream, &peer);
-    if (!err) err = tcpsrv__join_crowd(server, &peer);
+    if (known > 0) tcpsrv__set_peer(stream, &address);
+    else tcpsrv_peer(stream, &address);
+    if (!err) err = tcpsrv__join_crowd(server, &address);
     if (err) {
         tcpsrv__header_refuse(server, stream, err);
         return;
@@ -11075,7 +11012,7 @@ static TCPSRV__COLD void tcpsrv__header_await(tcpsrv *server, tcpsrv_stream *str
 
 /* Not served, for lack of memory or because it may not be. */
 static TCPSRV__COLD void tcpsrv__turn_away(tcpsrv *server, int fd, int code,
-                                           const tcpsrv__peer_name *peer) {
+                                           const tcpsrv_address *peer) {
     tcpsrv__sys_close(fd);
     if (code == TCPSRV__EPER_IP || code == TCPSRV__EUNTRUSTED) {
         tcpsrv__log_refused(server, code, peer);
@@ -11089,21 +11026,19 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
                                        socklen_t size) {
     int mode = server->owner.options.proxy_protocol, err = 0, header;
     tcpsrv_address address;
-    tcpsrv__peer_name peer;
     tcpsrv_stream *stream = NULL;
     tcpsrv__address_from_sockaddr(&address, name, size);
-    tcpsrv__name_peer(&peer, &address);
     if (!TCPSRV__LINUX && !server->owner.options.no_nodelay) tcpsrv__sys_nodelay(fd, 1);
-    header = mode != TCPSRV_PROXY_OFF && tcpsrv__trusts(server, &peer);
+    header = mode != TCPSRV_PROXY_OFF && tcpsrv__trusts(server, &address);
     if (!header && mode == TCPSRV_PROXY_REQUIRED) err = TCPSRV__EUNTRUSTED;
-    else if (!header) err = tcpsrv__join_crowd(server, &peer);
+    else if (!header) err = tcpsrv__join_crowd(server, &address);
     if (!err) {
         err = tcpsrv__stream_new(server, fd, &address, &stream);
         if (err && !header && server->owner.options.max_connections_per_ip)
-            tcpsrv__crowd_leave(&server->crowds, &peer);
+            tcpsrv__crowd_leave(&server->crowds, &address);
     }
     if (err) {
-        tcpsrv__turn_away(server, fd, err, &peer);
+        tcpsrv__turn_away(server, fd, err, &address);
         return;
     }
     stream->counted = !header && server->owner.options.max_connections_per_ip != 0;
@@ -11207,19 +11142,15 @@ static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__listener_class = {
-    tcpsrv__accept_event, NULL, NULL, tcpsrv__listener_drop, NULL, 0
+    tcpsrv__accept_event, NULL, NULL, tcpsrv__listener_drop, NULL, sizeof(tcpsrv__listener), 0
 };
 
 static int tcpsrv__listener_add(tcpsrv *server, int fd) {
-    tcpsrv__listener *listener = (tcpsrv__listener *)tcpsrv__alloc(sizeof *listener);
-    tcpsrv__listener **last = &server->listeners;
-    int err = listener ? 0 : -ENOMEM;
-    if (!err) err = tcpsrv__source_init(&listener->source, &tcpsrv__listener_class, server->loop,
-                                        fd);
-    if (err) {
-        tcpsrv__free(listener);
-        return err;
-    }
+    tcpsrv__listener *listener, **last = &server->listeners;
+    int err;
+    listener = (tcpsrv__listener *)tcpsrv__source_new(&tcpsrv__listener_class, server->loop, fd,
+                                                      &err);
+    if (!listener) return err;
     listener->server = server;
     listener->burst = 1;
     while (*last) last = &(*last)->next;
@@ -11398,20 +11329,17 @@ TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
     return err ? tcpsrv__fail(err, "add_sockets", NULL) : 0;
 }
 
-TCPSRV_IMPL int tcpsrv_add_socket(tcpsrv *server, int fd) {
-    return tcpsrv_add_sockets(server, &fd, 1);
-}
 
 TCPSRV_IMPL int tcpsrv_bind(tcpsrv *server, int port, const char *address,
                             const tcpsrv_bind_options *options) {
-    int fds[TCPSRV__MAX_ADDRESSES], *grown, i;
+    int fds[TCPSRV__MAX_ADDRESSES], *grown;
     int n = tcpsrv_bind_sockets(port, address, options, fds, TCPSRV__MAX_ADDRESSES);
     if (n < 0) return n;
     if (server->started) return tcpsrv_add_sockets(server, fds, n);
     grown = (int *)TCPSERVER_REALLOC(server->bound,
                                      (size_t)(server->bound_count + n) * sizeof *grown);
     if (!grown) {
-        for (i = 0; i < n; i++) tcpsrv__sys_close(fds[i]);
+        tcpsrv__close_all(fds, n);
         return tcpsrv__fail(-ENOMEM, "bind", address);
     }
     memcpy(grown + server->bound_count, fds, (size_t)n * sizeof *grown);
@@ -11673,7 +11601,7 @@ static TCPSRV__COLD int tcpsrv__trusted_parse(tcpsrv *server) {
     const char *list = options->trusted;
     tcpsrv__network network;
     char text[64];
-    size_t n = 0, i;
+    size_t n = 0, i, size;
     while (list && tcpsrv__network_next(&list, text)) {
         if (tcpsrv__network_parse(text, &network) != 0)
             return tcpsrv__fail(-EINVAL, "trusted network", text);
@@ -11683,14 +11611,14 @@ static TCPSRV__COLD int tcpsrv__trusted_parse(tcpsrv *server) {
         (options->proxy_protocol && !n))
         return tcpsrv__fail(-EINVAL, "new", "proxy_protocol and trusted");
     if (!n) return 0;
-    server->trusted = (tcpsrv__network *)TCPSERVER_REALLOC(NULL, n * sizeof network +
-                                                           strlen(options->trusted) + 1);
+    size = strlen(options->trusted) + 1;
+    server->trusted = (tcpsrv__network *)TCPSERVER_REALLOC(NULL, n * sizeof network + size);
     if (!server->trusted) return tcpsrv__fail(-ENOMEM, "new", NULL);
     list = options->trusted;
     for (i = 0; i < n && tcpsrv__network_next(&list, text); i++)
         tcpsrv__network_parse(text, &server->trusted[i]);
     server->trusted_count = n;
-    options->trusted = strcpy((char *)(server->trusted + n), options->trusted);
+    options->trusted = (char *)memcpy(server->trusted + n, options->trusted, size);
     return 0;
 }
 
@@ -11812,7 +11740,7 @@ static TCPSRV__COLD void tcpsrv__successor_close(tcpsrv__successor *successor) {
     if (successor->words_fd >= 0) {
         tcpsrv__sys_close(successor->words_fd);
         tcpsrv__sys_unlink(successor->place);
-        *strrchr(successor->place, '/') = 0;
+        successor->place[strlen(successor->place) - strlen("/notify")] = 0;
         tcpsrv__sys_rmdir(successor->place);
     }
     tcpsrv__free(successor->fds);
@@ -12087,7 +12015,7 @@ static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int event
 }
 
 static const tcpsrv__class tcpsrv__upgrade_class = {
-    tcpsrv__upgrade_words, NULL, NULL, tcpsrv__upgrade_end, NULL, 0
+    tcpsrv__upgrade_words, NULL, NULL, tcpsrv__upgrade_end, NULL, sizeof(tcpsrv__upgrade), 0
 };
 
 /* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
@@ -12134,13 +12062,9 @@ TCPSRV_IMPL int tcpsrv_upgrade(char *const *argv, int64_t drain_ms) {
     tcpsrv__upgrade *upgrade = NULL;
     int err = loop ? tcpsrv__upgrade_allowed(loop, argv) : tcpsrv__thread()->error;
     if (!err && !loop->servers) err = -ENOENT;
-    if (!err) upgrade = (tcpsrv__upgrade *)tcpsrv__alloc(sizeof *upgrade);
-    if (!err && !upgrade) err = -ENOMEM;
-    if (!err) err = tcpsrv__source_init(&upgrade->source, &tcpsrv__upgrade_class, loop, -1);
-    if (err) {
-        tcpsrv__free(upgrade);
-        return tcpsrv__fail(err, "upgrade", argv ? argv[0] : NULL);
-    }
+    if (!err) upgrade = (tcpsrv__upgrade *)tcpsrv__source_new(&tcpsrv__upgrade_class, loop, -1,
+                                                              &err);
+    if (!upgrade) return tcpsrv__fail(err, "upgrade", argv ? argv[0] : NULL);
     loop->upgrade = upgrade;
     upgrade->drain_ms = drain_ms;
     upgrade->timer.fire = tcpsrv__upgrade_fire;

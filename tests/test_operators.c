@@ -159,23 +159,23 @@ static void behind_a_proxy_the_address_of_the_header_counts(void) {
     end();
 }
 
-static tcpsrv__peer_name peer_of(const char *text) {
-    tcpsrv__peer_name name;
+static tcpsrv_address peer_of(const char *text) {
+    tcpsrv_address name;
     memset(&name, 0, sizeof name);
-    name.family = (uint16_t)(strchr(text, ':') ? AF_INET6 : AF_INET);
+    name.family = strchr(text, ':') ? AF_INET6 : AF_INET;
     CHECK_INT(inet_pton(name.family, text, name.ip), 1);
     return name;
 }
 
 static uint64_t key_of(const char *text) {
-    tcpsrv__peer_name name = peer_of(text);
+    tcpsrv_address name = peer_of(text);
     uint64_t key;
     CHECK_INT(tcpsrv__crowd_key(&name, &key), 1);
     return key;
 }
 
 static void addresses_of_one_client_have_one_key(void) {
-    tcpsrv__peer_name unnamed;
+    tcpsrv_address unnamed;
     uint64_t key;
     CHECK(key_of("192.0.2.1") != key_of("192.0.2.2"));
     CHECK(key_of("192.0.2.1") == key_of("::ffff:192.0.2.1"));
@@ -188,8 +188,8 @@ static void addresses_of_one_client_have_one_key(void) {
     CHECK_INT(tcpsrv__crowd_key(&unnamed, &key), 0);
 }
 
-static tcpsrv__peer_name numbered(uint32_t n) {
-    tcpsrv__peer_name name;
+static tcpsrv_address numbered(uint32_t n) {
+    tcpsrv_address name;
     memset(&name, 0, sizeof name);
     name.family = AF_INET;
     n = htonl(n);
@@ -206,7 +206,7 @@ static void the_table_of_addresses_counts_right_and_shrinks(void) {
     memset(&crowds, 0, sizeof crowds);
     for (i = 0; i < 400000; i++) {
         uint32_t n;
-        tcpsrv__peer_name peer;
+        tcpsrv_address peer;
         random = random * 1664525u + 1013904223u;
         n = (random >> 8) % PEERS;
         grow = (i / 50000) % 2 == 0 ? 6 : 2; /* it fills, and it empties */
@@ -223,7 +223,7 @@ static void the_table_of_addresses_counts_right_and_shrinks(void) {
         CHECK(crowds.capacity <= 16 || crowds.capacity <= live * 8);
     }
     for (i = 0; i < PEERS; i++) {
-        tcpsrv__peer_name peer = numbered(i * 2654435761u);
+        tcpsrv_address peer = numbered(i * 2654435761u);
         while (counts[i]--) tcpsrv__crowd_leave(&crowds, &peer);
     }
     CHECK(crowds.slots == NULL);

@@ -660,7 +660,7 @@ static void malformed_networks_are_named(void) {
 
 static int trusts(const char *list, const char *peer) {
     tcpsrv_options options = options_for(1, TCPSRV_PROXY_REQUIRED);
-    tcpsrv__peer_name name;
+    tcpsrv_address name;
     char copy[200];
     int yes;
     snprintf(copy, sizeof copy, "%s", list);
@@ -670,7 +670,7 @@ static int trusts(const char *list, const char *peer) {
     memset(copy, 'x', sizeof copy - 1); /* the text was copied */
     CHECK_STR(tcpsrv_get_options(server)->trusted, list);
     memset(&name, 0, sizeof name);
-    name.family = (uint16_t)(strchr(peer, ':') ? AF_INET6 : AF_INET);
+    name.family = strchr(peer, ':') ? AF_INET6 : AF_INET;
     if (strcmp(peer, "unix") == 0) name.family = AF_UNIX;
     else CHECK_INT(inet_pton(name.family, peer, name.ip), 1);
     yes = tcpsrv__trusts(server, &name);

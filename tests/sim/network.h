@@ -845,6 +845,7 @@ SIM_PRIVATE int sim_getsockopt(int fd, int level, int option, void *value) {
 SIM_PRIVATE int sim_getsockname(int fd, struct sockaddr *name, socklen_t *size) {
     sim_object *object = sim_object_at(fd, CALL_NAME);
     int error = sim_enter(CALL_NAME);
+    if (!error && object->kind != SIM_SOCKET && object->kind != SIM_LISTENER) error = ENOTSOCK;
     if (error) return sim_fail(error);
     sim_name_make(name, size, object->family, object->port, 0);
     return 0;
