@@ -1143,8 +1143,10 @@ static TCPSRV__COLD int tcpsrv__fail(int code, const char *step, const char *pla
     return code;
 }
 
-static TCPSRV__APART void tcpsrv__log_default(int level, const char *line) {
-    if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
+/* NULL: as if log was not set. */
+static TCPSRV__APART void tcpsrv__log(const tcpsrv_options *options, int level, const char *line) {
+    if (options && options->log) options->log(level, line, options->user);
+    else if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
 }
 
 /* ---- system calls ---------------------------------------------------------------------------- */
@@ -3932,7 +3934,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(co);
     if (co->ended) return;
-    tcpsrv__log_default(TCPSRV_LOG_ERROR, "a coroutine waits in a freed loop: left");
+    tcpsrv__log(NULL, TCPSRV_LOG_ERROR, "a coroutine waits in a freed loop: left");
     co->result = TCPSRV_ECANCELED;
     tcpsrv__co_end(co);
 }
@@ -6927,7 +6929,7 @@ static TCPSRV__COLD void tcpsrv__tls_warn(const tcpsrv_tls *tls, const char *for
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     if (tls->log) tls->log(TCPSRV_LOG_WARNING, line, tls->user);
-    else tcpsrv__log_default(TCPSRV_LOG_WARNING, line);
+    else tcpsrv__log(NULL, TCPSRV_LOG_WARNING, line);
 }
 
 /* ---- DER ------------------------------------------------------------------------------------- */
@@ -10082,15 +10084,15 @@ static tcpsrv__race *tcpsrv__race_of(const tcpsrv_stream *stream) {
     return TCPSRV__CONTAINER(tcpsrv__race, making, stream->extra->making);
 }
 
-/* What goes on now, and where; tried: that address is the stream's peer from now on. */
+/* What goes on now, and where; is_peer: that address is the stream's peer from now on. */
 static TCPSRV__COLD void tcpsrv__race_says(tcpsrv__race *race, const char *step, int index,
-                                           int tried) {
+                                           int is_peer) {
     tcpsrv_address address;
     tcpsrv__address_from_sockaddr(&address, (const struct sockaddr *)&race->names.name[index],
                                   race->names.size[index]);
     race->making.step = step;
     tcpsrv_address_text(&address, race->place, sizeof race->place);
-    if (tried) tcpsrv__set_peer(race->stream, &address);
+    if (is_peer) tcpsrv__set_peer(race->stream, &address);
 }
 
 /* Takes it out of the race; its descriptor is the caller's. */
@@ -10490,11 +10492,6 @@ static tcpsrv *tcpsrv__server_of(tcpsrv__owner *owner) {
 
 /* ---- logging --------------------------------------------------------------------------------- */
 
-static TCPSRV__COLD void tcpsrv__log(tcpsrv *server, int level, const char *line) {
-    tcpsrv_log_fn *fn = server->owner.options.log;
-    if (fn) fn(level, line, server->owner.options.user);
-    else tcpsrv__log_default(level, line);
-}
 
 /* At most one line a second for each cause; the next one says how many were left out. */
 static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char *what,
@@ -10520,7 +10517,7 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
     cause->code = code;
     cause->missed = 0;
     cause->next = now + 1000000000u;
-    tcpsrv__log(server, level, line);
+    tcpsrv__log(&server->owner.options, level, line);
 }
 
 /* How a handler ended, where that is not an ordinary end. */
@@ -11801,26 +11798,24 @@ static TCPSRV__COLD int tcpsrv__is_successors(const char *variable) {
     return 0;
 }
 
-/* Of the text, what a variable's value takes. */
-static TCPSRV__COLD void tcpsrv__successor_value(const tcpsrv__successor *successor, int variable,
-                                                 char *text, size_t size) {
+/* The values of its variables. Of the text, which is zeroed, the lists of its sockets take twice
+   room bytes. */
+static TCPSRV__COLD void tcpsrv__successor_values(const tcpsrv__successor *successor, char *text,
+                                                  size_t room, const char **values) {
     const char *manager = tcpsrv__sys_variable("TCPSRV_NOTIFY_SOCKET");
-    size_t length = 0;
+    char *owned = text + room;
     int i;
     if (!manager) manager = tcpsrv__sys_variable("NOTIFY_SOCKET");
-    *text = 0;
-    if (variable == 1) snprintf(text, size, "%d", successor->count);
-    if (variable == 3) snprintf(text, size, "%s", successor->place);
-    if (variable == 4) snprintf(text, size, "%s", manager ? manager : "");
-    for (i = 0; i < successor->count && (variable == 2 || variable == 5); i++) {
-        if (variable == 5) {
-            text[length++] = tcpsrv__unix_owns(successor->fds[i]) ? '1' : '0';
-            text[length] = 0;
-            continue;
-        }
-        if (i) text[length++] = ':';
-        tcpsrv__listener_name(successor->fds[i], text + length, TCPSRV__NAME_SIZE);
-        length += strlen(text + length);
+    values[0] = "                       "; /* room for the pid */
+    values[2] = text;
+    values[3] = successor->place;
+    values[4] = manager ? manager : "";
+    values[5] = owned;
+    for (i = 0; i < successor->count; i++) {
+        owned[i] = tcpsrv__unix_owns(successor->fds[i]) ? '1' : '0';
+        if (i) *text++ = ':';
+        tcpsrv__listener_name(successor->fds[i], text, TCPSRV__NAME_SIZE);
+        text += strlen(text);
     }
 }
 
@@ -11828,22 +11823,23 @@ static TCPSRV__COLD void tcpsrv__successor_value(const tcpsrv__successor *succes
    *number is where LISTEN_PID's will be written. NULL: no memory. */
 static TCPSRV__COLD char **tcpsrv__successor_environment(const tcpsrv__successor *successor,
                                                          char **number) {
-    char **own = TCPSRV__ENVIRON, **made, *text;
+    char **own = TCPSRV__ENVIRON, **made, *text, sockets[24];
+    const char *values[TCPSRV__VARIABLES];
     size_t room = (size_t)(successor->count + 2) * (TCPSRV__NAME_SIZE + 1), count = 0, i, n = 0;
     while (own && own[count]) count++;
     made = (char **)tcpsrv__alloc((count + TCPSRV__VARIABLES + 1) * sizeof *made +
-                                  TCPSRV__VARIABLES * (room + 32));
+                                  (TCPSRV__VARIABLES + 2) * room);
     if (!made) return NULL;
-    text = (char *)(made + count + TCPSRV__VARIABLES + 1);
     for (i = 0; i < count; i++)
         if (!tcpsrv__is_successors(own[i])) made[n++] = own[i];
+    text = (char *)(made + count + TCPSRV__VARIABLES + 1);
+    tcpsrv__successor_values(successor, text, room, values);
+    tcpsrv__print_number(sockets, successor->count);
+    values[1] = sockets;
+    *number = text + 2 * room + strlen(tcpsrv__successor_variables[0]);
     for (i = 0; i < TCPSRV__VARIABLES; i++) {
-        size_t length = strlen(tcpsrv__successor_variables[i]);
-        made[n++] = text;
-        memcpy(text, tcpsrv__successor_variables[i], length);
-        if (i == 0) *number = text + length;
-        tcpsrv__successor_value(successor, (int)i, text + length, room);
-        text += room + 32;
+        made[n++] = text += i ? room : 2 * room;
+        snprintf(text, room, "%s%s", tcpsrv__successor_variables[i], values[i]);
     }
     return made;
 }
@@ -11876,12 +11872,9 @@ static TCPSRV__COLD int tcpsrv__successor_start(tcpsrv__successor *successor, ch
 /* Whatever it has said so far. */
 static TCPSRV__COLD void tcpsrv__successor_hear(tcpsrv__successor *successor) {
     char words[1024];
-    struct iovec piece;
     long n;
-    piece.iov_base = words;
-    piece.iov_len = sizeof words - 1;
     while (successor->words_fd >= 0 &&
-           (n = tcpsrv__sys_readv(successor->words_fd, &piece, 1)) >= 0) {
+           (n = tcpsrv__sys_receive(successor->words_fd, words, sizeof words - 1)) >= 0) {
         words[n] = 0;
         if (tcpsrv__says_ready(words) && !successor->late) successor->ready = 1;
         if (strncmp(words, "ERRNO=", 6) == 0)
@@ -11929,8 +11922,7 @@ struct tcpsrv__upgrade {
 };
 
 static TCPSRV__COLD void tcpsrv__upgrade_log(const tcpsrv_loop *loop, int level, const char *line) {
-    if (loop->servers) tcpsrv__log(loop->servers, level, line);
-    else tcpsrv__log_default(level, line);
+    tcpsrv__log(loop->servers ? &loop->servers->owner.options : NULL, level, line);
 }
 
 static TCPSRV__COLD void tcpsrv__upgrade_hush(tcpsrv__upgrade *upgrade) {
@@ -12113,8 +12105,7 @@ typedef struct tcpsrv__family {
     tcpsrv__waker waker;
     long pid;
     int signals[TCPSRV__FAMILY_SIGNALS], signal_count;
-    tcpsrv_log_fn *log;
-    void *log_user;
+    const tcpsrv_options *options;  /* whose log hears of it all; NULL: stderr */
 } tcpsrv__family;
 
 /* ---- counters -------------------------------------------------------------------------------- */
@@ -12166,14 +12157,12 @@ static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int le
 
 static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
                                             const char *format, ...) {
-    tcpsrv_log_fn *fn = family->log;
     char line[320];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    if (fn) fn(level, line, family->log_user);
-    else tcpsrv__log_default(level, line);
+    tcpsrv__log(family->options, level, line);
 }
 
 static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
@@ -12214,12 +12203,14 @@ static TCPSRV__COLD int tcpsrv__family_catch(tcpsrv__family *family, int signo) 
 
 /* SIGUSR1 only where the program has no use of its own for it. */
 static TCPSRV__COLD int tcpsrv__family_signals(tcpsrv__family *family) {
-    int err = tcpsrv__family_catch(family, SIGTERM);
-    if (!err) err = tcpsrv__family_catch(family, SIGINT);
-    if (!err) err = tcpsrv__family_catch(family, SIGCHLD);
-    if (!err && TCPSRV__LOAD(&tcpsrv__reload_wanted)) err = tcpsrv__family_catch(family, SIGHUP);
-    if (!err && tcpsrv__sys_signal_is_free(SIGUSR1)) err = tcpsrv__family_catch(family, SIGUSR1);
-    if (!err && TCPSRV__LOAD(&tcpsrv__upgrade_wanted)) err = tcpsrv__family_catch(family, SIGUSR2);
+    static const int signals[TCPSRV__FAMILY_SIGNALS] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1,
+                                                         SIGUSR2 };
+    int i, err = 0, unwanted[TCPSRV__FAMILY_SIGNALS] = { 0, 0, 0, 0, 0, 0 };
+    unwanted[3] = !TCPSRV__LOAD(&tcpsrv__reload_wanted);
+    unwanted[4] = !tcpsrv__sys_signal_is_free(SIGUSR1);
+    unwanted[5] = !TCPSRV__LOAD(&tcpsrv__upgrade_wanted);
+    for (i = 0; i < TCPSRV__FAMILY_SIGNALS && !err; i++)
+        if (!unwanted[i]) err = tcpsrv__family_catch(family, signals[i]);
     if (err) tcpsrv__family_release(family);
     return err;
 }
@@ -12455,12 +12446,9 @@ static TCPSRV__COLD void tcpsrv__replacement_ended(tcpsrv__family *family, int s
 
 static TCPSRV__COLD void tcpsrv__reload_watch(tcpsrv__family *family) {
     tcpsrv__reload *reload = &family->reload;
-    struct iovec piece;
     char said;
     long n = -EAGAIN;
-    piece.iov_base = &said;
-    piece.iov_len = 1;
-    if (reload->ready_fd >= 0) n = tcpsrv__sys_readv(reload->ready_fd, &piece, 1);
+    if (reload->ready_fd >= 0) n = tcpsrv__sys_receive(reload->ready_fd, &said, 1);
     if (n == 0) {
         tcpsrv__sys_close(reload->ready_fd); /* it ends; how will be known when it is collected */
         reload->ready_fd = -1;
@@ -12715,8 +12703,7 @@ static TCPSRV__COLD int tcpsrv__fork_family(int num_processes, int max_restarts,
     if (max_restarts < 0) max_restarts = TCPSRV__MAX_RESTARTS;
     family = tcpsrv__family_new(num_processes, max_restarts, &err);
     if (!family) return tcpsrv__fail(err, "fork_processes", NULL);
-    family->log = options ? options->log : NULL;
-    family->log_user = options ? options->user : NULL;
+    family->options = options;
     for (i = 0; i < num_processes && !err; i++) {
         err = tcpsrv__child_start(family, i);
         if (err == 1) return tcpsrv__own_task_id;
