@@ -1145,7 +1145,8 @@ static TCPSRV__COLD int tcpsrv__fail(int code, const char *step, const char *pla
 
 /* NULL: as if log was not set. */
 static TCPSRV__APART void tcpsrv__log(const tcpsrv_options *options, int level, const char *line) {
-    if (options && options->log) options->log(level, line, options->user);
+    tcpsrv_log_fn *fn = options ? options->log : NULL;
+    if (fn) fn(level, line, options->user);
     else if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
 }
 
@@ -1997,8 +1998,9 @@ static int tcpsrv__sys_chmod(const char *path, unsigned mode) {
     return tcpsrv__sys_result(chmod(path, (mode_t)mode));
 }
 
-static int tcpsrv__sys_unlink(const char *path) {
-    return tcpsrv__sys_result(unlink(path));
+/* A file, or an empty directory. */
+static int tcpsrv__sys_remove(const char *path) {
+    return tcpsrv__sys_result(remove(path));
 }
 
 /* The resolver's codes are negative here and positive there. */
@@ -2173,10 +2175,6 @@ static void tcpsrv__sys_set_variable(const char *name, const char *value) {
 
 static int tcpsrv__sys_mkdir(const char *path) {
     return tcpsrv__sys_result(mkdir(path, 0700));
-}
-
-static void tcpsrv__sys_rmdir(const char *path) {
-    rmdir(path);
 }
 
 static int tcpsrv__sys_datagrams(void) {
@@ -3243,7 +3241,7 @@ typedef struct tcpsrv__job tcpsrv__job;
 struct tcpsrv__job {
     tcpsrv__posted posted;      /* first: freed as it */
     tcpsrv__job *next;
-    void (*work)(tcpsrv__job *job);
+    tcpsrv_fn *work;            /* of what posted.arg is */
 };
 
 typedef struct tcpsrv__helpers {
@@ -3288,7 +3286,7 @@ static TCPSRV__COLD void *tcpsrv__helper_run(void *arg) {
     pthread_mutex_lock(&helpers->lock);
     while ((job = tcpsrv__job_take(helpers)) != NULL) {
         pthread_mutex_unlock(&helpers->lock);
-        job->work(job);
+        job->work(job->posted.arg);
         pthread_mutex_lock(&helpers->lock);
         if (helpers->loop) tcpsrv__post(helpers->loop, &job->posted);
         else tcpsrv__free(job);
@@ -3853,8 +3851,9 @@ TCPSRV__INLINE void tcpsrv__co_switch(tcpsrv__co *co) {
     }
 }
 
-static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__co *co) {
-    tcpsrv__stack_pool *pool = co->source.loop->stacks;
+static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__source *source) {
+    tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
+    tcpsrv__stack_pool *pool = source->loop->stacks;
     tcpsrv__slab *slab;
     char *stack;
     if (--co->refs > 0) return;
@@ -3911,16 +3910,8 @@ TCPSRV__INLINE void tcpsrv__co_resume_here(tcpsrv__co *co) {
     if (co->ended) tcpsrv__co_end(co);
 }
 
-static TCPSRV__NOINLINE void tcpsrv__co_resume(tcpsrv__co *co) {
-    tcpsrv__co_resume_here(co);
-}
-
-static TCPSRV__COLD void tcpsrv__co_run(tcpsrv__source *source) {
-    tcpsrv__co_resume(TCPSRV__CONTAINER(tcpsrv__co, source, source));
-}
-
-static TCPSRV__COLD void tcpsrv__co_destroy(tcpsrv__source *source) {
-    tcpsrv__co_unref(TCPSRV__CONTAINER(tcpsrv__co, source, source));
+static TCPSRV__NOINLINE void tcpsrv__co_resume(tcpsrv__source *source) {
+    tcpsrv__co_resume_here(TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
 /* The loop is being freed: it unwinds, each further wait refused; one that does not want to end is
@@ -3932,7 +3923,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
         return;
     }
     if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
-    tcpsrv__co_resume(co);
+    tcpsrv__co_resume(source);
     if (co->ended) return;
     tcpsrv__log(NULL, TCPSRV_LOG_ERROR, "a coroutine waits in a freed loop: left");
     co->result = TCPSRV_ECANCELED;
@@ -3940,7 +3931,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__co_class = {
-    NULL, tcpsrv__co_run, NULL, tcpsrv__co_drop, tcpsrv__co_destroy, 0, 0
+    NULL, tcpsrv__co_resume, NULL, tcpsrv__co_drop, tcpsrv__co_unref, 0, 0
 };
 
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__co_class;
@@ -4224,11 +4215,21 @@ static TCPSRV__COLD void tcpsrv__timed_fire(tcpsrv_loop *loop, tcpsrv__timer *ti
     if (!wait->waiter.done) tcpsrv__waiter_done(&wait->waiter, wait->timeout_result);
 }
 
-/* Waits until the waiter is done or the time has passed; -1: no limit. */
+/* Of a call that means the loop here, which is in *loop then. */
+static TCPSRV__COLD int tcpsrv__may_wait_here(tcpsrv_loop **loop) {
+    *loop = tcpsrv__loop_here();
+    return *loop ? tcpsrv__may_wait(*loop) : -ENOMEM;
+}
+
+/* Waits until the waiter is done or the time has passed, which gives timeout_result; -1: no
+   limit. */
 static TCPSRV__COLD int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait *wait,
-                                           int64_t timeout_ms) {
+                                           int64_t timeout_ms, int timeout_result) {
     uint64_t due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
     int result;
+    memset(wait, 0, sizeof *wait);
+    wait->waiter.cancel = tcpsrv__cancel_plain;
+    wait->timeout_result = timeout_result;
     wait->timer.fire = tcpsrv__timed_fire;
     if (timeout_ms >= 0 && tcpsrv__timer_arm(loop, &wait->timer, due) != 0) return -ENOMEM;
     result = tcpsrv__wait(loop, &wait->waiter);
@@ -4237,24 +4238,22 @@ static TCPSRV__COLD int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait
 }
 
 TCPSRV_IMPL int tcpsrv_sleep(int64_t delay_ms) {
-    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv_loop *loop;
     tcpsrv__timed_wait wait;
-    int err = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
-    if (!err) {
-        memset(&wait, 0, sizeof wait);
-        wait.waiter.cancel = tcpsrv__cancel_plain;
-        err = tcpsrv__wait_timed(loop, &wait, delay_ms < 0 ? 0 : delay_ms);
-    }
+    int err = tcpsrv__may_wait_here(&loop);
+    if (!err) err = tcpsrv__wait_timed(loop, &wait, delay_ms < 0 ? 0 : delay_ms, 0);
     return err ? tcpsrv__fail(err, "sleep", NULL) : 0;
 }
 
 TCPSRV_IMPL int tcpsrv_yield(void) {
-    tcpsrv_loop *loop = tcpsrv__loop_here();
-    int err = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
-    if (err) return tcpsrv__fail(err, "yield", NULL);
-    if (!loop->current) return tcpsrv_loop_poll(loop, 0);
-    tcpsrv__co_yield(loop->current);
-    return loop->ending ? tcpsrv__fail(TCPSRV_ECANCELED, "yield", NULL) : 0;
+    tcpsrv_loop *loop;
+    int err = tcpsrv__may_wait_here(&loop);
+    if (!err && !loop->current) return tcpsrv_loop_poll(loop, 0);
+    if (!err) {
+        tcpsrv__co_yield(loop->current);
+        if (loop->ending) err = TCPSRV_ECANCELED;
+    }
+    return err ? tcpsrv__fail(err, "yield", NULL) : 0;
 }
 
 TCPSRV_IMPL int tcpsrv_park(int64_t timeout_ms) {
@@ -4263,11 +4262,8 @@ TCPSRV_IMPL int tcpsrv_park(int64_t timeout_ms) {
     tcpsrv__timed_wait wait;
     int err = co ? tcpsrv__may_wait(loop) : TCPSRV_ENOTCORO;
     if (!err && !tcpsrv__co_take_token(co)) {
-        memset(&wait, 0, sizeof wait);
-        wait.waiter.cancel = tcpsrv__cancel_plain;
-        wait.timeout_result = TCPSRV_ETIMEDOUT;
         tcpsrv__co_set_parked(co, 1);
-        err = tcpsrv__wait_timed(loop, &wait, timeout_ms);
+        err = tcpsrv__wait_timed(loop, &wait, timeout_ms, TCPSRV_ETIMEDOUT);
         tcpsrv__co_set_parked(co, 0);
     }
     return err ? tcpsrv__fail(err, "park", NULL) : 0;
@@ -4280,17 +4276,14 @@ static TCPSRV__COLD void tcpsrv__wait_fd_told(int fd, int events, void *arg) {
 }
 
 TCPSRV_IMPL int tcpsrv_wait_fd(int fd, int events, int64_t timeout_ms) {
-    tcpsrv_loop *loop = tcpsrv__loop_here();
+    tcpsrv_loop *loop;
     tcpsrv__timed_wait wait;
     int64_t watch;
-    int result = loop ? tcpsrv__may_wait(loop) : -ENOMEM;
+    int result = tcpsrv__may_wait_here(&loop);
     if (result) return tcpsrv__fail(result, "wait_fd", NULL);
-    memset(&wait, 0, sizeof wait);
-    wait.waiter.cancel = tcpsrv__cancel_plain;
-    wait.timeout_result = TCPSRV_ETIMEDOUT;
     watch = tcpsrv_watch_fd(loop, fd, events, tcpsrv__wait_fd_told, &wait.waiter);
     if (watch < 0) return (int)watch;
-    result = tcpsrv__wait_timed(loop, &wait, timeout_ms);
+    result = tcpsrv__wait_timed(loop, &wait, timeout_ms, TCPSRV_ETIMEDOUT);
     tcpsrv_cancel(loop, watch);
     return result < 0 ? tcpsrv__fail(result, "wait_fd", NULL) : result;
 }
@@ -4840,15 +4833,12 @@ static TCPSRV__COLD long tcpsrv__file_transmit(tcpsrv_stream *stream, const stru
     return tcpsrv__sys_writev(stream->source.fd, pieces, count);
 }
 
-static TCPSRV__COLD void tcpsrv__file_shut(tcpsrv_stream *stream) {
-    (void)stream; /* its close is the end */
-}
 
 static const tcpsrv__transport tcpsrv__plain = {
     tcpsrv__plain_receive, tcpsrv__plain_transmit, tcpsrv__plain_shut, NULL, NULL, 1, 1
 };
 static const tcpsrv__transport tcpsrv__file = {
-    tcpsrv__plain_receive, tcpsrv__file_transmit, tcpsrv__file_shut, NULL, NULL, 0, 1
+    tcpsrv__plain_receive, tcpsrv__file_transmit, NULL, NULL, NULL, 0, 1
 };
 
 static TCPSRV__APART const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *stream) {
@@ -4856,8 +4846,9 @@ static TCPSRV__APART const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *st
 }
 
 static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
+    const tcpsrv__transport *io = tcpsrv__io(stream);
     stream->shut = 1;
-    tcpsrv__io(stream)->shut(stream);
+    if (io->shut) io->shut(stream); /* else its close is the end */
 }
 
 /* ---- deadlines ------------------------------------------------------------------------------- */
@@ -9541,16 +9532,16 @@ static tcpsrv__unix_file *tcpsrv__unix_take(int fd) {
     return file;
 }
 
-/* Before a listening socket is closed: its file goes too, if this process made it and it still is
-   the one there. */
-static void tcpsrv__unix_socket_forget(int fd) {
+/* Closes a listening socket. Its file goes too, if this process made it and it still is the one
+   there. */
+static TCPSRV__COLD void tcpsrv__listening_close(int fd) {
     tcpsrv__unix_file *file = tcpsrv__unix_take(fd);
     struct stat status;
-    if (!file) return;
-    if (file->pid == tcpsrv__sys_pid() && tcpsrv__sys_lstat(file->path, &status) == 0 &&
+    if (file && file->pid == tcpsrv__sys_pid() && tcpsrv__sys_lstat(file->path, &status) == 0 &&
         status.st_dev == file->device && status.st_ino == file->inode)
-        tcpsrv__sys_unlink(file->path);
+        tcpsrv__sys_remove(file->path);
     tcpsrv__free(file);
+    tcpsrv__sys_close(fd);
 }
 
 static int tcpsrv__unix_owns(int fd) {
@@ -9565,7 +9556,7 @@ static int tcpsrv__unix_owns(int fd) {
 
 /* At the end of a process that only bound them, for its children. */
 static TCPSRV__COLD void tcpsrv__unix_sockets_forget(void) {
-    while (tcpsrv__unix_files) tcpsrv__unix_socket_forget(tcpsrv__unix_files->fd);
+    while (tcpsrv__unix_files) tcpsrv__listening_close(tcpsrv__unix_files->fd);
 }
 
 static int tcpsrv__unix_remember(int fd, const char *path) {
@@ -9620,7 +9611,7 @@ static int tcpsrv__unix_replace_dead(const char *path, const struct sockaddr_un 
     err = tcpsrv__sys_lstat(path, &after);
     if (err) return err == -ENOENT ? 0 : err;
     if (after.st_ino != before.st_ino || after.st_dev != before.st_dev) return -EADDRINUSE;
-    return tcpsrv__sys_unlink(path);
+    return tcpsrv__sys_remove(path);
 }
 
 /* Nobody can connect before listen, so that the mode is in force from the first. */
@@ -9635,7 +9626,7 @@ static int tcpsrv__unix_bind(int fd, const char *path, unsigned mode) {
     }
     if (err || path[0] == '@') return err;
     err = tcpsrv__unix_remember(fd, path);
-    if (err) tcpsrv__sys_unlink(path);
+    if (err) tcpsrv__sys_remove(path);
     return err ? err : tcpsrv__sys_chmod(path, mode ? mode : 0600);
 }
 
@@ -9645,8 +9636,7 @@ TCPSRV_IMPL int tcpsrv_bind_unix_socket(const char *path, unsigned mode, int bac
     err = tcpsrv__unix_bind(fd, path, mode);
     if (!err) err = tcpsrv__sys_listen(fd, backlog > 0 ? backlog : TCPSRV__BACKLOG);
     if (!err) return fd;
-    tcpsrv__unix_socket_forget(fd);
-    tcpsrv__sys_close(fd);
+    tcpsrv__listening_close(fd);
     return tcpsrv__fail(err, "bind unix", path);
 }
 
@@ -9815,7 +9805,7 @@ static TCPSRV__COLD int tcpsrv__proxy_parse_1(const char *data, size_t size,
     memcpy(line, data, length);
     line[length] = 0;
     if (strlen(line) != length || strchr(line, '\r')) return TCPSRV__EPROXY;
-    if (strcmp(line, "PROXY UNKNOWN") == 0 || strncmp(line, "PROXY UNKNOWN ", 14) == 0) return 0;
+    if (strncmp(line, "PROXY UNKNOWN", 13) == 0 && (!line[13] || line[13] == ' ')) return 0;
     if (!tcpsrv__proxy_split(line, fields, 6)) return TCPSRV__EPROXY;
     family = strcmp(fields[1], "TCP4") == 0 ? AF_INET : AF_INET6;
     if (family == AF_INET6 && strcmp(fields[1], "TCP6") != 0) return TCPSRV__EPROXY;
@@ -9855,13 +9845,11 @@ static TCPSRV__COLD long tcpsrv__passed_count(void) {
 }
 
 static TCPSRV__COLD void tcpsrv__keep_names(const char *names) {
-    size_t i, size = names ? strlen(names) + 1 : 0;
-    if (size > sizeof tcpsrv__listen_names) size = sizeof tcpsrv__listen_names;
-    if (size) memcpy(tcpsrv__listen_names, names, size);
-    if (size) tcpsrv__listen_names[size - 1] = 0;
-    for (i = 0; i < size; i++)
-        if (tcpsrv__listen_names[i] == ':') tcpsrv__listen_names[i] = 0;
-    tcpsrv__listen_names_size = size;
+    size_t size = 0;
+    for (; names && *names && size < sizeof tcpsrv__listen_names - 1; names++)
+        tcpsrv__listen_names[size++] = (char)(*names == ':' ? 0 : *names);
+    tcpsrv__listen_names[size] = 0;
+    tcpsrv__listen_names_size = names ? size + 1 : 0;
 }
 
 /* A socket file that was the predecessor's (tcpsrv_upgrade) is this process's. */
@@ -9934,7 +9922,7 @@ TCPSRV_IMPL int tcpsrv_notify(const char *state) {
 
 typedef struct tcpsrv__code_name {
     short code;
-    char name[46];
+    char name[36];
 } tcpsrv__code_name;
 
 static const tcpsrv__code_name tcpsrv__code_names[] = {
@@ -10266,13 +10254,10 @@ static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int event
 
 /* ---- what to connect to ---------------------------------------------------------------------- */
 
-static TCPSRV__COLD void tcpsrv__lookup_work(tcpsrv__job *job) {
-    tcpsrv__lookup_errand(&TCPSRV__CONTAINER(tcpsrv__lookup_job, job, job)->lookup);
-}
 
 /* The stream may have ended meanwhile. */
 static TCPSRV__COLD void tcpsrv__looked_up(void *arg) {
-    tcpsrv__lookup_job *job = (tcpsrv__lookup_job *)arg;
+    tcpsrv__lookup_job *job = TCPSRV__CONTAINER(tcpsrv__lookup_job, lookup, arg);
     tcpsrv__source *source = tcpsrv__source_by_id(job->loop, job->stream_id);
     tcpsrv_stream *stream = source ? tcpsrv__stream_of(source) : NULL;
     tcpsrv__race *race;
@@ -10295,9 +10280,9 @@ static TCPSRV__COLD int tcpsrv__look_up_later(tcpsrv__race *race, const tcpsrv__
     job->lookup.host = (const char *)memcpy(job + 1, lookup->host, length);
     job->loop = race->stream->source.loop;
     job->stream_id = race->stream->source.id;
-    job->job.work = tcpsrv__lookup_work;
+    job->job.work = tcpsrv__lookup_errand;
     job->job.posted.fn = tcpsrv__looked_up;
-    job->job.posted.arg = job;
+    job->job.posted.arg = &job->lookup;
     err = tcpsrv__job_start(job->loop, &job->job);
     if (err) tcpsrv__free(job);
     else race->job = job;
@@ -10550,7 +10535,8 @@ static TCPSRV__COLD void tcpsrv__log_not_ready(tcpsrv__owner *owner, tcpsrv_stre
 
 /* ---- the end of a server --------------------------------------------------------------------- */
 
-static void tcpsrv__server_release(tcpsrv *server) {
+static TCPSRV__COLD void tcpsrv__server_destroy(tcpsrv__source *source) {
+    tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, source, source);
     while (server->drain_signals) {
         tcpsrv__drain_signal *drain = server->drain_signals;
         server->drain_signals = drain->next;
@@ -10582,7 +10568,7 @@ static TCPSRV__COLD void tcpsrv__server_settle(tcpsrv *server) {
         tcpsrv__server_leave(server);
         tcpsrv__source_end(&server->source);
     } else if (server->freed) {
-        tcpsrv__server_release(server);
+        tcpsrv__server_destroy(&server->source);
     } else if (server->owner.draining && !server->drained_told && loop) {
         tcpsrv__timer_arm(loop, &server->drain_timer, loop->now);
     }
@@ -10600,9 +10586,6 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     tcpsrv__server_settle(server);
 }
 
-static TCPSRV__COLD void tcpsrv__server_destroy(tcpsrv__source *source) {
-    tcpsrv__server_release(TCPSRV__CONTAINER(tcpsrv, source, source));
-}
 
 static const tcpsrv__class tcpsrv__server_class = {
     NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0, 0
@@ -10783,7 +10766,7 @@ static tcpsrv__handler *tcpsrv__handler_of(tcpsrv_stream *stream) {
 }
 
 static void tcpsrv__stream_free(tcpsrv_stream *stream) {
-    if (stream->in_stack) tcpsrv__co_unref(tcpsrv__handler_of(stream)->co);
+    if (stream->in_stack) tcpsrv__co_unref(&tcpsrv__handler_of(stream)->co->source);
     else tcpsrv__free(stream);
 }
 
@@ -10831,7 +10814,7 @@ static TCPSRV__COLD void tcpsrv__handler_begin(tcpsrv *server, tcpsrv_stream *st
     handler->co->fn = tcpsrv__handler_main;
     handler->co->arg = handler;
     handler->co->on_end = tcpsrv__handler_end;
-    tcpsrv__co_resume(handler->co);
+    tcpsrv__co_resume(&handler->co->source);
 }
 
 /* A coroutine that will not begin ends; the stream keeps the memory of both as long as it needs. */
@@ -11127,8 +11110,7 @@ static TCPSRV__COLD void tcpsrv__listener_close(tcpsrv__source *source) {
     while (*at && *at != listener) at = &(*at)->next;
     if (*at) *at = listener->next;
     if (listener->polled) tcpsrv__poller_remove(&source->loop->poller, source->fd);
-    tcpsrv__unix_socket_forget(source->fd);
-    tcpsrv__sys_close(source->fd);
+    tcpsrv__listening_close(source->fd);
     tcpsrv__source_end(source);
 }
 
@@ -11316,10 +11298,7 @@ TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
         if (!err) err = tcpsrv__listener_add(server, fds[i]);
         if (!err) done++;
     }
-    for (i = done; i < count; i++) {
-        tcpsrv__unix_socket_forget(fds[i]);
-        tcpsrv__sys_close(fds[i]);
-    }
+    for (i = done; i < count; i++) tcpsrv__listening_close(fds[i]);
     server->started = 1;
     server->owner.draining = server->drained_told = 0;
     if (server->loop) tcpsrv__timer_arm(server->loop, &server->drain_timer, TCPSRV__NEVER);
@@ -11369,10 +11348,7 @@ TCPSRV_IMPL int tcpsrv_listen(tcpsrv *server, int port, const char *address) {
 
 TCPSRV_IMPL void tcpsrv_stop(tcpsrv *server) {
     while (server->listeners) tcpsrv__listener_close(&server->listeners->source);
-    while (server->bound_count > 0) {
-        tcpsrv__unix_socket_forget(server->bound[--server->bound_count]);
-        tcpsrv__sys_close(server->bound[server->bound_count]);
-    }
+    while (server->bound_count > 0) tcpsrv__listening_close(server->bound[--server->bound_count]);
     if (server->loop) tcpsrv__pause_end(server);
 }
 
@@ -11592,30 +11568,23 @@ TCPSRV_IMPL int tcpsrv_drain_on_signal(tcpsrv *server, int signo, int64_t timeou
 
 /* ---- making a server ------------------------------------------------------------------------- */
 
-/* Reads the list twice, to count and to keep. The text lies behind the networks. */
+/* A list has no more networks than every other byte is one. Its text lies behind them. */
 static TCPSRV__COLD int tcpsrv__trusted_parse(tcpsrv *server) {
     tcpsrv_options *options = &server->owner.options;
     const char *list = options->trusted;
-    tcpsrv__network network;
+    size_t size = list ? strlen(list) + 1 : 0, most = size / 2;
     char text[64];
-    size_t n = 0, i, size;
-    while (list && tcpsrv__network_next(&list, text)) {
-        if (tcpsrv__network_parse(text, &network) != 0)
-            return tcpsrv__fail(-EINVAL, "trusted network", text);
-        n++;
+    if (list) {
+        server->trusted = (tcpsrv__network *)tcpsrv__alloc(most * sizeof *server->trusted + size);
+        if (!server->trusted) return tcpsrv__fail(-ENOMEM, "new", NULL);
+        options->trusted = (char *)memcpy(server->trusted + most, list, size);
     }
+    while (list && tcpsrv__network_next(&list, text))
+        if (tcpsrv__network_parse(text, &server->trusted[server->trusted_count++]) != 0)
+            return tcpsrv__fail(-EINVAL, "trusted network", text);
     if (options->proxy_protocol < 0 || options->proxy_protocol > TCPSRV_PROXY_REQUIRED ||
-        (options->proxy_protocol && !n))
+        (options->proxy_protocol && !server->trusted_count))
         return tcpsrv__fail(-EINVAL, "new", "proxy_protocol and trusted");
-    if (!n) return 0;
-    size = strlen(options->trusted) + 1;
-    server->trusted = (tcpsrv__network *)TCPSERVER_REALLOC(NULL, n * sizeof network + size);
-    if (!server->trusted) return tcpsrv__fail(-ENOMEM, "new", NULL);
-    list = options->trusted;
-    for (i = 0; i < n && tcpsrv__network_next(&list, text); i++)
-        tcpsrv__network_parse(text, &server->trusted[i]);
-    server->trusted_count = n;
-    options->trusted = (char *)memcpy(server->trusted + n, options->trusted, size);
     return 0;
 }
 
@@ -11736,9 +11705,9 @@ typedef struct tcpsrv__successor {
 static TCPSRV__COLD void tcpsrv__successor_close(tcpsrv__successor *successor) {
     if (successor->words_fd >= 0) {
         tcpsrv__sys_close(successor->words_fd);
-        tcpsrv__sys_unlink(successor->place);
+        tcpsrv__sys_remove(successor->place);
         successor->place[strlen(successor->place) - strlen("/notify")] = 0;
-        tcpsrv__sys_rmdir(successor->place);
+        tcpsrv__sys_remove(successor->place);
     }
     tcpsrv__free(successor->fds);
     successor->fds = NULL;
@@ -11766,7 +11735,7 @@ static TCPSRV__COLD int tcpsrv__successor_listen(tcpsrv__successor *successor) {
     if (successor->words_fd >= 0) tcpsrv__sys_close(successor->words_fd);
     successor->words_fd = -1;
     successor->place[length] = 0;
-    tcpsrv__sys_rmdir(successor->place);
+    tcpsrv__sys_remove(successor->place);
     return err;
 }
 
@@ -11894,20 +11863,30 @@ static TCPSRV__COLD void tcpsrv__successor_takes_over(tcpsrv__successor *success
 }
 
 /* Why nothing came of it: what it said itself, or how it ended. */
-static TCPSRV__COLD const char *tcpsrv__successor_text(const tcpsrv__successor *successor,
-                                                       const char *how, char *line, size_t size) {
+static TCPSRV__COLD void tcpsrv__successor_failed(const tcpsrv__successor *successor,
+                                                  const tcpsrv_options *options, const char *how) {
+    char line[320];
     if (successor->error > 0) how = tcpsrv_strerror(-successor->error);
-    snprintf(line, size, "upgrade failed: %s, pid %ld: %s: this process goes on",
+    snprintf(line, sizeof line, "upgrade failed: %s, pid %ld: %s: this process goes on",
              successor->program, successor->pid, how);
-    return line;
+    tcpsrv__log(options, TCPSRV_LOG_ERROR, line);
 }
 
 /* Its time is over: told to end, it is not believed any more. */
-static TCPSRV__COLD const char *tcpsrv__successor_late(tcpsrv__successor *successor, char *line,
-                                                       size_t size) {
+static TCPSRV__COLD void tcpsrv__successor_late(tcpsrv__successor *successor,
+                                                const tcpsrv_options *options) {
     successor->late = 1;
     tcpsrv__sys_kill(successor->pid, SIGTERM);
-    return tcpsrv__successor_text(successor, "not ready in time and told to end", line, size);
+    tcpsrv__successor_failed(successor, options, "not ready in time and told to end");
+}
+
+/* It has been collected. */
+static TCPSRV__COLD void tcpsrv__successor_ended(tcpsrv__successor *successor,
+                                                 const tcpsrv_options *options, int status) {
+    char how[TCPSRV__STATUS_TEXT];
+    tcpsrv__successor_hear(successor);
+    tcpsrv__status_text(status, how);
+    if (!successor->ready && !successor->late) tcpsrv__successor_failed(successor, options, how);
 }
 
 /* ---- upgrade of a process without workers ---------------------------------------------------- */
@@ -11921,8 +11900,9 @@ struct tcpsrv__upgrade {
     int64_t exit_call, drain_ms;    /* what tells of that; 0: nothing does, but its time */
 };
 
-static TCPSRV__COLD void tcpsrv__upgrade_log(const tcpsrv_loop *loop, int level, const char *line) {
-    tcpsrv__log(loop->servers ? &loop->servers->owner.options : NULL, level, line);
+/* Whose log hears of it. */
+static TCPSRV__COLD const tcpsrv_options *tcpsrv__upgrade_options(const tcpsrv_loop *loop) {
+    return loop->servers ? &loop->servers->owner.options : NULL;
 }
 
 static TCPSRV__COLD void tcpsrv__upgrade_hush(tcpsrv__upgrade *upgrade) {
@@ -11945,15 +11925,10 @@ static TCPSRV__COLD void tcpsrv__upgrade_end(tcpsrv__source *source) {
 
 /* Collects the successor if it has ended, which is the end of the upgrade, in vain or not. */
 static TCPSRV__COLD int tcpsrv__upgrade_reap(tcpsrv__upgrade *upgrade) {
-    tcpsrv__successor *successor = &upgrade->successor;
-    char how[TCPSRV__STATUS_TEXT], line[320];
     int status = 0;
-    if (!tcpsrv__sys_reap(successor->pid, &status, 0)) return 0;
-    tcpsrv__successor_hear(successor);
-    tcpsrv__status_text(status, how);
-    if (!successor->ready && !successor->late)
-        tcpsrv__upgrade_log(upgrade->source.loop, TCPSRV_LOG_ERROR,
-                            tcpsrv__successor_text(successor, how, line, sizeof line));
+    if (!tcpsrv__sys_reap(upgrade->successor.pid, &status, 0)) return 0;
+    tcpsrv__successor_ended(&upgrade->successor, tcpsrv__upgrade_options(upgrade->source.loop),
+                            status);
     tcpsrv__upgrade_end(&upgrade->source);
     return 1;
 }
@@ -11984,11 +11959,9 @@ static TCPSRV__COLD void tcpsrv__upgrade_watch_exit(tcpsrv__upgrade *upgrade) {
 
 static TCPSRV__COLD void tcpsrv__upgrade_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv__upgrade *upgrade = TCPSRV__CONTAINER(tcpsrv__upgrade, timer, timer);
-    char line[320];
     tcpsrv__timer_arm(loop, timer, loop->now + tcpsrv__ms_to_ns(tcpsrv__ready_ms));
-    if (tcpsrv__upgrade_reap(upgrade)) return;
-    tcpsrv__upgrade_log(loop, TCPSRV_LOG_ERROR,
-                        tcpsrv__successor_late(&upgrade->successor, line, sizeof line));
+    if (!tcpsrv__upgrade_reap(upgrade))
+        tcpsrv__successor_late(&upgrade->successor, tcpsrv__upgrade_options(loop));
 }
 
 static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int events) {
@@ -11998,7 +11971,8 @@ static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int event
     (void)events;
     tcpsrv__successor_hear(&upgrade->successor);
     if (!upgrade->successor.ready) return;
-    tcpsrv__upgrade_log(loop, TCPSRV_LOG_INFO, "upgrade: the successor serves: draining");
+    tcpsrv__log(tcpsrv__upgrade_options(loop), TCPSRV_LOG_INFO,
+                "upgrade: the successor serves: draining");
     tcpsrv__timer_arm(loop, &upgrade->timer, TCPSRV__NEVER);
     tcpsrv__upgrade_hush(upgrade);
     tcpsrv__successor_takes_over(&upgrade->successor);
@@ -12394,7 +12368,7 @@ static TCPSRV__COLD void tcpsrv__reload_clear(tcpsrv__family *family, int next) 
     reload->pid = 0;
     reload->task_id = next;
     if (next >= 0 && next < family->count) return;
-    if (next >= 0) tcpsrv__family_log(family, TCPSRV_LOG_INFO, "reload: done");
+    if (next >= 0) tcpsrv__log(family->options, TCPSRV_LOG_INFO, "reload: done");
     reload->task_id = reload->again ? 0 : -1;
     reload->again = 0;
 }
@@ -12537,29 +12511,15 @@ static TCPSRV__COLD void tcpsrv__family_upgrade(tcpsrv__family *family) {
 
 static TCPSRV__COLD void tcpsrv__family_hear(tcpsrv__family *family) {
     tcpsrv__successor *successor = &family->successor;
-    char line[320];
     if (!successor->pid || successor->ready || family->ending) return;
     tcpsrv__successor_hear(successor);
     if (successor->ready) {
-        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "upgrade: the successor serves: ending");
+        tcpsrv__log(family->options, TCPSRV_LOG_INFO, "upgrade: the successor serves: ending");
         tcpsrv__successor_takes_over(successor);
         tcpsrv__family_end(family);
     } else if (!successor->late && tcpsrv__clock_ns() >= successor->due) {
-        tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "%s",
-                           tcpsrv__successor_late(successor, line, sizeof line));
+        tcpsrv__successor_late(successor, family->options);
     }
-}
-
-static TCPSRV__COLD void tcpsrv__successor_ended(tcpsrv__family *family, int status) {
-    tcpsrv__successor *successor = &family->successor;
-    char how[TCPSRV__STATUS_TEXT], line[320];
-    tcpsrv__status_text(status, how);
-    tcpsrv__successor_hear(successor);
-    if (!successor->ready && !successor->late)
-        tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "%s",
-                           tcpsrv__successor_text(successor, how, line, sizeof line));
-    tcpsrv__successor_close(successor);
-    successor->pid = 0;
 }
 
 /* ---- supervising ----------------------------------------------------------------------------- */
@@ -12573,7 +12533,11 @@ static TCPSRV__COLD void tcpsrv__family_reap(tcpsrv__family *family) {
     tcpsrv__leaver **at = &family->leavers, *leaver;
     char how[TCPSRV__STATUS_TEXT];
     int i, status;
-    if (tcpsrv__reaped(family->successor.pid, &status)) tcpsrv__successor_ended(family, status);
+    if (tcpsrv__reaped(family->successor.pid, &status)) {
+        tcpsrv__successor_ended(&family->successor, family->options, status);
+        tcpsrv__successor_close(&family->successor);
+        family->successor.pid = 0;
+    }
     for (i = 0; i < family->count; i++) {
         long pid = family->children[i].pid;
         if (!tcpsrv__reaped(pid, &status)) continue;

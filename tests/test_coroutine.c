@@ -297,7 +297,7 @@ static void a_stack_is_taken_again_for_another_layout(void) {
     co = tcpsrv__co_new(loop, 0, 20000, &beside);
     CHECK(co != NULL);
     for (i = 0; i < 20000; i++) CHECK(((char *)beside)[i] == 0);
-    tcpsrv__co_unref(co);
+    tcpsrv__co_unref(&co->source);
     end();
 }
 

@@ -42,7 +42,7 @@
 #define fstat(fd, status) sim_fstat(fd, status)
 #define lstat(path, status) ((void)(path), sim_lstat(status))
 #define chmod(path, mode) ((void)(path), (void)(mode), sim_chmod())
-#define unlink(path) ((void)(path), sim_unlink())
+#define remove(path) ((void)(path), sim_unlink())
 #define eventfd(value, flags) sim_eventfd()
 #define pipe(fds) sim_pipe(fds)
 #define getrlimit(what, limit) sim_getrlimit(limit)

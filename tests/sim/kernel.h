@@ -114,7 +114,7 @@ static const sim_call_info sim_calls[SIM_CALLS] = {
     { "sigaction", { EINVAL } },
     { "getaddrinfo", { ENOMEM } },
     { "pthread_create", { EAGAIN } },
-    { "lstat, chmod, unlink", { EACCES, EIO, ENOMEM } },
+    { "lstat, chmod, remove", { EACCES, EIO, ENOMEM } },
     { "realloc", { ENOMEM } }
 };
 
