@@ -1000,6 +1000,9 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__CORO 0
 #elif defined(__GNUC__) && defined(__x86_64__) && defined(__LP64__)
 #define TCPSRV__CORO_X86_64 1
+#if !defined(__TINYC__) && !defined(__APX_F__) /* those that can be told of each register */
+#define TCPSRV__INLINE_SWITCH 1
+#endif
 #elif defined(__GNUC__) && defined(__i386__)
 #define TCPSRV__CORO_I386 1
 #elif defined(__GNUC__) && defined(__aarch64__)
@@ -1561,8 +1564,10 @@ static void tcpsrv__sys_restore_signal(int signo) {
 /* Inline assembly in a static function: top-level assembly would break two static copies in one
    program, and link-time optimisation. A context is left by a jump, not a return, which a processor
    would always mispredict on another stack. The callee-saved registers go into the context; the
-   rest are dead across the call, if the compiler does not look into the function (noipa). A fresh
-   context begins in a function of two arguments, the contexts that were given to the switch. */
+   rest are dead across the call, if the compiler does not look into the function (noipa). On x86-64
+   the function that switches does it in its midst, so that no return comes after the jump either:
+   two misses are 16 of 18 ns for a resume and the wait that follows it. A fresh context begins in a
+   function of two arguments, the contexts that were given to the switch. */
 
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__TINYC__) && __GNUC__ >= 8
 #define TCPSRV__OPAQUE __attribute__((noipa))
@@ -1578,8 +1583,41 @@ typedef void tcpsrv__entry(tcpsrv__context *from, tcpsrv__context *to);
 #if defined(TCPSRV__CORO_X86_64)
 
 struct tcpsrv__context {
-    void *pc, *sp, *bp, *bx, *r12, *r13, *r14, *r15;
+    void *pc, *sp, *bp;
+#if !TCPSRV__INLINE_SWITCH
+    void *bx, *r12, *r13, *r14, *r15;
+#endif
 };
+
+#if TCPSRV__INLINE_SWITCH
+
+#if defined(__AVX512F__)
+#define TCPSRV__MORE_VECTORS "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", \
+    "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "k1", "k2", \
+    "k3", "k4", "k5", "k6", "k7",
+#else
+#define TCPSRV__MORE_VECTORS
+#endif
+
+/* The compiler saves those registers that it still needs. */
+TCPSRV__INLINE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
+    __asm__ volatile(
+        "leaq 1f(%%rip), %%rax\n\t"
+        "movq %%rax, 0(%%rdi)\n\t"
+        "movq %%rsp, 8(%%rdi)\n\t"
+        "movq %%rbp, 16(%%rdi)\n\t"
+        "movq 8(%%rsi), %%rsp\n\t"
+        "movq 16(%%rsi), %%rbp\n\t"
+        "jmp *0(%%rsi)\n\t"
+        "1:\n\t"
+        : "+D"(from), "+S"(to)
+        :
+        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+          "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
+          "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", TCPSRV__MORE_VECTORS "memory", "cc");
+}
+
+#else
 
 static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context *to) {
     __asm__ volatile(
@@ -1605,6 +1643,8 @@ static TCPSRV__OPAQUE void tcpsrv__switch(tcpsrv__context *from, tcpsrv__context
         :
         : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "memory", "cc");
 }
+
+#endif
 
 static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__entry *entry) {
     uintptr_t *sp = (uintptr_t *)(void *)(top - ((uintptr_t)top & 15)) - 1;
@@ -4225,13 +4265,13 @@ static TCPSRV__COLD int tcpsrv__may_wait_here(tcpsrv_loop **loop) {
    limit. */
 static TCPSRV__COLD int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait *wait,
                                            int64_t timeout_ms, int timeout_result) {
-    uint64_t due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
+    uint64_t due = timeout_ms < 0 ? 0 : tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
     int result;
     memset(wait, 0, sizeof *wait);
     wait->waiter.cancel = tcpsrv__cancel_plain;
     wait->timeout_result = timeout_result;
     wait->timer.fire = tcpsrv__timed_fire;
-    if (timeout_ms >= 0 && tcpsrv__timer_arm(loop, &wait->timer, due) != 0) return -ENOMEM;
+    if (due && tcpsrv__timer_arm(loop, &wait->timer, due) != 0) return -ENOMEM;
     result = tcpsrv__wait(loop, &wait->waiter);
     tcpsrv__timer_cancel(loop, &wait->timer);
     return result;

@@ -1,7 +1,8 @@
 /* What can only be measured inside a process, through the public calls. One line of JSON for each
  * figure.
  *
- * inside switch              resume and yield, and a wake with the park that it ends
+ * inside switch              a resume and the yield that ends it: by the switch alone, as the loop
+ *                            resumes a coroutine that waits for bytes, and through the loop's turns
  * inside lines PIECE LIMIT   reading lines of 64 to LIMIT bytes that arrive in pieces of PIECE
  */
 #define _GNU_SOURCE 1
@@ -90,7 +91,67 @@ static void need(int holds, const char *step) {
 
 /* ---- switching ------------------------------------------------------------------------------- */
 
-enum { YIELDING = 100, SWITCHES = 20000, REPEATS = 15 };
+enum { YIELDING = 100, SWITCHES = 20000, REPEATS = 15, HOT_SWITCHES = 2000000 };
+
+static int by_value(const void *one, const void *other) {
+    double a = *(const double *)one, b = *(const double *)other;
+    return (a > b) - (a < b);
+}
+
+static void print_times(const char *name, double *ns) {
+    qsort(ns, REPEATS, sizeof *ns, by_value);
+    printf("{\"figure\": \"%s\", \"ns\": %.2f, \"least_ns\": %.2f, \"most_ns\": %.2f}\n", name,
+           ns[REPEATS / 2], ns[0], ns[REPEATS - 1]);
+}
+
+/* Two contexts and nothing else, as libraries measure that only switch. */
+static tcpsrv__context bare_main, bare_other;
+
+static void bare_entry(tcpsrv__context *from, tcpsrv__context *to) {
+    (void)from, (void)to;
+    for (;;) tcpsrv__switch(&bare_other, &bare_main);
+}
+
+static void time_bare_switches(void) {
+    static char stack[65536];
+    double ns[REPEATS];
+    int repeat, i;
+    tcpsrv__context_make(&bare_other, stack + sizeof stack - 64, bare_entry);
+    for (repeat = 0; repeat < REPEATS; repeat++) {
+        uint64_t from = cpu_ns();
+        for (i = 0; i < HOT_SWITCHES; i++) tcpsrv__switch(&bare_main, &bare_other);
+        ns[repeat] = (double)(cpu_ns() - from) / HOT_SWITCHES;
+    }
+    print_times("switch and switch back", ns);
+}
+
+/* What each message that a coroutine waited for costs: the loop resumes it where it waits, and it
+   waits again. */
+static int waits_for_more(void *arg) {
+    tcpsrv__waiter *waiter = (tcpsrv__waiter *)arg;
+    tcpsrv_loop *loop = tcpsrv_loop_default();
+    while (!loop->ending) {
+        waiter->done = 0;
+        tcpsrv__wait(loop, waiter);
+    }
+    return 0;
+}
+
+static void time_resumes(void) {
+    tcpsrv_loop *loop = tcpsrv_loop_default();
+    static tcpsrv__waiter waiter;
+    double ns[REPEATS];
+    int repeat, i;
+    waiter.cancel = tcpsrv__cancel_plain;
+    need(tcpsrv_spawn(loop, waits_for_more, &waiter, 0) > 0, "spawn");
+    tcpsrv_loop_poll(loop, 0);
+    for (repeat = 0; repeat < REPEATS; repeat++) {
+        uint64_t from = cpu_ns();
+        for (i = 0; i < HOT_SWITCHES; i++) tcpsrv__waiter_resume(&waiter, 0);
+        ns[repeat] = (double)(cpu_ns() - from) / HOT_SWITCHES;
+    }
+    print_times("resume and wait, by the loop", ns);
+}
 
 static int yields(void *arg) {
     int i;
@@ -114,11 +175,6 @@ static int wakes(void *arg) {
     return 0;
 }
 
-static int by_value(const void *one, const void *other) {
-    double a = *(const double *)one, b = *(const double *)other;
-    return (a > b) - (a < b);
-}
-
 static int join_all(void *arg) {
     int i;
     (void)arg;
@@ -140,9 +196,7 @@ static void time_switches(const char *name, int (*fn)(void *)) {
         tcpsrv_loop_run(loop);
         ns[repeat] = (double)(cpu_ns() - from) / ((double)YIELDING * SWITCHES);
     }
-    qsort(ns, REPEATS, sizeof *ns, by_value);
-    printf("{\"figure\": \"%s\", \"ns\": %.2f, \"least_ns\": %.2f, \"most_ns\": %.2f}\n", name,
-           ns[REPEATS / 2], ns[0], ns[REPEATS - 1]);
+    print_times(name, ns);
 }
 
 /* ---- lines ----------------------------------------------------------------------------------- */
@@ -209,8 +263,10 @@ static void time_lines(size_t piece, size_t limit) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "switch") == 0) {
-        time_switches("yield", yields);
-        time_switches("wake and park", wakes);
+        time_bare_switches();
+        time_resumes();
+        time_switches("tcpsrv_yield, one turn for 100 coroutines", yields);
+        time_switches("tcpsrv_wake and tcpsrv_park, through a turn", wakes);
     } else if (argc == 4 && strcmp(argv[1], "lines") == 0) {
         time_lines(strtoul(argv[2], NULL, 10), strtoul(argv[3], NULL, 10));
     } else {
