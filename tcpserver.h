@@ -8587,8 +8587,9 @@ static const unsigned char *tcpsrv__engine_peek(tcpsrv__engine *engine, size_t *
     if (*size) return engine->alert + sizeof engine->alert - *size;
     if (!engine->started || !engine->records) return NULL;
     out = br_ssl_engine_sendrec_buf(engine->core, size);
-    /* An alert before a version was agreed on goes out with none, which clients do not read. */
-    if (out && *size >= 7 && out[0] == 21 && out[1] == 0) out[1] = 3, out[2] = 1;
+    /* An alert before a version was agreed on goes out with none, which clients do not read. (Later
+       such bytes may stand at the head of what is left of a record.) */
+    if (out && !engine->core->version_out && *size == 7 && out[0] == 21) out[1] = 3, out[2] = 1;
     return out;
 }
 
