@@ -8887,12 +8887,14 @@ static void tcpsrv__link_send_errand(void *arg) {
     int i, err = tcpsrv__engine_wake(link->engine);
     for (i = 0; i < call->count; i++) total += call->pieces[i].iov_len;
     if (!err) err = tcpsrv__link_push(call->stream);
+    if (link->sealed && link->engine->error) err = link->engine->error; /* it drops its record */
     while (!err) {
         done += link->sealed;
         link->sealed = 0;
         call->stream->owes = 0;
         if (done >= total) break;
-        if (link->engine->error || link->engine->ended) err = -EPIPE;
+        if (link->engine->error) err = link->engine->error;
+        else if (link->engine->ended) err = -EPIPE;
         else link->sealed = tcpsrv__link_seal(link, call->pieces, call->count, done);
         if (!err && !link->sealed) err = -EPIPE;
         if (!err) err = tcpsrv__link_push(call->stream);
@@ -8902,6 +8904,10 @@ static void tcpsrv__link_send_errand(void *arg) {
         tcpsrv__sys_shutdown_write(call->stream->source.fd);
     }
     tcpsrv__engine_rest(link->engine);
+    if (err && err != -EAGAIN && done) { /* the failure is told, and what went before it counts */
+        tcpsrv__output_sent(call->stream, done);
+        done = 0;
+    }
     call->result = err == -EAGAIN && done ? (long)done : err ? err : (long)done;
 }
 
