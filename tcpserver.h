@@ -4684,6 +4684,7 @@ typedef struct tcpsrv__peer_name { /* tcpsrv_address in 24 bytes */
 typedef struct tcpsrv__making {
     void (*give_up)(tcpsrv_stream *stream);
     const char *step, *place;       /* what goes on or has failed, and where */
+    int secure;                     /* it will be TLS */
 } tcpsrv__making;
 
 /* Made at first use: timeouts and what few streams have. */
@@ -5949,7 +5950,8 @@ TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t 
 
 TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
-    if (!err && !tcpsrv__io(stream)->half_closes) err = -ENOTSUP;
+    const tcpsrv__making *making = stream->extra ? stream->extra->making : NULL;
+    if (!err && (!tcpsrv__io(stream)->half_closes || (making && making->secure))) err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
     tcpsrv__uncork_it(stream);
     stream->shut_wanted = 1;
@@ -10436,6 +10438,7 @@ TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
     }
     race->stream = stream;
     race->making.place = race->place;
+    race->making.secure = options->tls != NULL;
     race->tls = options->tls;
     if (size) race->tls_name = (char *)memcpy(race + 1, name, size);
     err = tcpsrv__race_begin(race, options);
