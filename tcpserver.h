@@ -5240,8 +5240,10 @@ TCPSRV__INLINE void tcpsrv__read_dry(tcpsrv_stream *stream) {
         tcpsrv__poller_rearm_read(&stream->source.loop->poller, stream->source.fd);
 }
 
-/* Nothing came. */
+/* Nothing came. A transport that says -EALREADY has not seen the end of what there is: it stays
+   readable, and tries again in the next turn. */
 static TCPSRV__NOINLINE void tcpsrv__receive_none(tcpsrv_stream *stream, long n) {
+    if (n == -EALREADY) return;
     if (n == 0) {
         stream->eof = 1;
         stream->readable = 0;
@@ -8619,6 +8621,11 @@ static void tcpsrv__engine_flush(tcpsrv__engine *engine) {
     br_ssl_engine_flush(engine->core, 0);
 }
 
+/* The peer has said close_notify; ended is more: the answer to it is out. */
+static int tcpsrv__engine_has_all(const tcpsrv__engine *engine) {
+    return engine->ended || (engine->done && engine->core->shutdown_recv);
+}
+
 /* Hands out plaintext: how much. */
 static size_t tcpsrv__engine_read(tcpsrv__engine *engine, char *data, size_t room) {
     size_t size;
@@ -8816,8 +8823,8 @@ static TCPSRV__COLD void tcpsrv__link_push_own(tcpsrv_stream *stream) {
 static long tcpsrv__link_result(const tcpsrv__link *link, size_t got) {
     if (got) return (long)got;
     if (link->engine->error) return link->engine->error;
-    if (link->engine->ended) return 0;
-    return link->end ? link->end : -EAGAIN;
+    if (tcpsrv__engine_has_all(link->engine)) return 0;
+    return link->end ? link->end : link->dry ? -EAGAIN : -EALREADY;
 }
 
 static void tcpsrv__link_receive_errand(void *arg) {
@@ -8832,7 +8839,8 @@ static void tcpsrv__link_receive_errand(void *arg) {
     if (stream->deep && !link->more) link->deep = 1;
     tcpsrv__link_read(link, call);
     if (link->held && !call->got) tcpsrv__link_fill(link, call);
-    while (!call->got && !link->dry && !engine->error && !engine->ended && reads++ < 4)
+    while (!call->got && !link->dry && !engine->error && !tcpsrv__engine_has_all(engine) &&
+           reads++ < 4)
         if (!tcpsrv__link_fill(link, call)) break;
     if (tcpsrv__engine_state(engine) & TCPSRV__ENGINE_HAS_OUT) tcpsrv__link_push_own(stream);
     tcpsrv__engine_rest(engine);
@@ -8964,8 +8972,8 @@ static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
         err = tcpsrv__link_push(stream);
         if (err) break;
         if (engine->error) return engine->error;
+        if (engine->done) return 1; /* and perhaps at its end already */
         if (engine->ended) return TCPSRV_ETLS_TRUNCATED;
-        if (engine->done) return 1;
         if (tcpsrv__link_fill(link, &call)) {
             link->links->steps += engine->started;
         } else if (link->end) {
