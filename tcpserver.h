@@ -6030,7 +6030,7 @@ static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     if (stream->dead) return;
     if (stream->out.last || stream->owes) tcpsrv__output_step(stream);
     if (stream->dead) return;
-    if (!stream->out.last &&
+    if (!stream->out.last && !stream->owes &&
         (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__close_deadline(stream) != 0) {
@@ -6040,7 +6040,7 @@ static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
         if (stream->readable) tcpsrv__linger_step(stream);
     } else if (!stream->out.last) {
         if (!stream->shut) tcpsrv__shut(stream);
-        tcpsrv__linger_begin(stream);
+        if (!stream->dead && !stream->owes) tcpsrv__linger_begin(stream);
     }
 }
 
@@ -8938,6 +8938,7 @@ static TCPSRV__COLD void tcpsrv__link_shut(tcpsrv_stream *stream) {
     tcpsrv__link_send_errand(&call);
     stream->owes = call.result == -EAGAIN;
     if (stream->owes) tcpsrv__write_dry(stream);
+    else if (call.result < 0) tcpsrv__die(stream, (int)call.result);
 }
 
 /* ---- the transport: the handshake ------------------------------------------------------------ */
