@@ -8813,11 +8813,15 @@ static int tcpsrv__link_push(tcpsrv_stream *stream) {
     return 0;
 }
 
-/* What the engine has to say by itself goes when it can. */
+/* What the engine has to say by itself goes when it can. While the stream is blocked that is when
+   it is told to go on, and then what was sealed is counted as sent too. */
 static TCPSRV__COLD void tcpsrv__link_push_own(tcpsrv_stream *stream) {
-    if (tcpsrv__link_push(stream) != -EAGAIN) return;
-    stream->owes = 1;
-    tcpsrv__write_dry(stream);
+    if (stream->blocked) {
+        stream->owes = 1;
+    } else if (tcpsrv__link_push(stream) == -EAGAIN) {
+        stream->owes = 1;
+        tcpsrv__write_dry(stream);
+    }
 }
 
 static long tcpsrv__link_result(const tcpsrv__link *link, size_t got) {
