@@ -722,7 +722,8 @@ TCPSRV_API int tcpsrv_wait_handshake(tcpsrv_stream *stream);
    or an address; NULL with no_verify alone). Returns at once; what was written before goes as it
    was, what is read and written from now on waits for the handshake. Nothing may be buffered
    (TCPSRV_ETLS_BUFFERED: it would be taken for what came encrypted), no read may wait and no file
-   be queued (TCPSRV_EBUSY); -EALREADY; -ENOTSOCK; TCPSRV_ETLS: tls is not fit for that side. */
+   be queued (TCPSRV_EBUSY); TCPSRV_EOF: the peer has finished; -EALREADY; -ENOTSOCK; TCPSRV_ETLS:
+   tls is not fit for that side. */
 TCPSRV_API int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname);
 
 /* What was agreed on: -ENOTCONN before the end of the handshake, and without TLS. The strings live
@@ -9127,6 +9128,7 @@ static TCPSRV__COLD int tcpsrv__may_start_tls(const tcpsrv_stream *stream) {
     if (tcpsrv__io(stream) == &tcpsrv__tls_transport) return -EALREADY;
     if (!tcpsrv__io(stream)->is_socket) return -ENOTSOCK;
     if (stream->shut_wanted) return TCPSRV_ECLOSED;
+    if (stream->eof) return TCPSRV_EOF;
     if (tcpsrv__queue_memory(&stream->out) != stream->out.size) return TCPSRV_EBUSY;
     return in && tcpsrv__block_size(in) ? TCPSRV_ETLS_BUFFERED : 0;
 }
