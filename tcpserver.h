@@ -9070,15 +9070,15 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
     tcpsrv_stream *stream = call->stream;
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     tcpsrv__link *link = extra ? (tcpsrv__link *)tcpsrv__alloc(sizeof *link) : NULL;
-    int err = -ENOMEM;
+    int err = -ENOMEM, timed = extra && (extra->connect_due || extra->handshake_due);
     if (link) link->links = tcpsrv__links_make(stream->source.loop);
     if (link && link->links) err = tcpsrv__link_take_input(stream, link);
-    if (!err && !extra->connect_due && !extra->handshake_due)
-        err = tcpsrv__handshake_deadline(stream);
+    if (!err && !timed) err = tcpsrv__handshake_deadline(stream);
     if (!err) err = tcpsrv__engine_new(call->tls, call->is_client, call->host,
                                        &link->links->records, &link->engine);
     call->result = err;
-    if (err) {
+    if (err) { /* it goes on in clear */
+        if (extra && !timed) extra->handshake_due = 0;
         if (link && link->held) tcpsrv__block_return(stream->source.loop, link->held);
         tcpsrv__free(link);
         return;
@@ -9088,6 +9088,7 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
     extra->io = &tcpsrv__tls_transport;
     stream->foreign = 1;
     stream->connecting = 1;
+    stream->eof = 0; /* in clear, behind a PROXY header: to TLS it is a cut */
     tcpsrv__make_ready(&stream->source);
 }
 
