@@ -958,6 +958,9 @@ static void the_systems_bundle_is_what_a_client_trusts_by_default(void) {
     unsetenv("SSL_CERT_FILE");
 }
 
+enum { BULK = 8 << 20 };
+static char bulk[BULK];
+
 /* ---- engines: the end ------------------------------------------------------------------------ */
 
 static void close_notify_ends_both_sides_also_with_unread_plaintext(void) {
@@ -973,6 +976,9 @@ static void close_notify_ends_both_sides_also_with_unread_plaintext(void) {
     CHECK(state(pair.server) & TCPSRV__ENGINE_HAS_PLAIN);
     tcpsrv__engine_close(pair.server);
     CHECK(state(pair.server) & TCPSRV__ENGINE_HAS_OUT);
+    carry(&pair, pair.server, pair.client);
+    CHECK(tcpsrv__engine_has_all(pair.client)); /* though its answer is not out yet */
+    CHECK(!(state(pair.client) & TCPSRV__ENGINE_ENDED));
     exchange(&pair);
     CHECK_INT(tcpsrv__engine_read(pair.client, got, sizeof got), 0);
     CHECK(state(pair.client) & TCPSRV__ENGINE_ENDED);
@@ -999,6 +1005,33 @@ static void a_tampered_record_is_refused(void) {
     tcpsrv__engine_feed(pair.server, record, size);
     CHECK_INT(pair.server->error, TCPSRV_ETLS - BR_ERR_BAD_MAC);
     CHECK_INT(tcpsrv__engine_read(pair.server, (char *)record, sizeof record), 0);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* A record that goes out in parts may go on with the bytes of an alert that has no version. */
+static void what_is_left_of_a_record_goes_out_as_it_is(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    const unsigned char *out;
+    size_t size, at = 0;
+    duplex pair;
+    int n = 0;
+    memset(bulk, 'x', 16000);
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    both_are_done(&pair);
+    while (!at) {
+        CHECK(n++ < 2000); /* one record in four has them */
+        CHECK_INT(tcpsrv__engine_write(pair.client, bulk, 16000), 16000);
+        tcpsrv__engine_flush(pair.client);
+        out = tcpsrv__engine_peek(pair.client, &size);
+        for (at = 5; at + 7 < size && (out[at] != 21 || out[at + 1] != 0); at++) continue;
+        at = at + 7 < size ? at : 0;
+        tcpsrv__engine_took(pair.client, at ? at : size);
+    }
+    out = tcpsrv__engine_peek(pair.client, &size);
+    CHECK(out[0] == 21 && out[1] == 0);
     duplex_close(&pair);
     tcpsrv_tls_free(client);
     tcpsrv_tls_free(server);
@@ -1268,8 +1301,6 @@ static void every_read_value_works_over_tls(void) {
     service_close(&here);
 }
 
-enum { BULK = 8 << 20 };
-static char bulk[BULK];
 
 static int send_bulk(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     int err = tcpsrv_write(stream, bulk, BULK / 2);
@@ -1612,11 +1643,13 @@ static void an_end_without_close_notify_is_told_from_a_whole_one(void) {
 
 static int closes;
 static int close_result;
+static size_t close_unsent;
 
 static void on_closed(tcpsrv_stream *stream, int result, size_t unsent, void *arg) {
-    (void)stream, (void)arg, (void)unsent;
+    (void)stream, (void)arg;
     closes++;
     close_result = result;
+    close_unsent = unsent;
 }
 
 static int has_closed(void) {
@@ -1646,6 +1679,59 @@ static void a_close_with_unread_plaintext_ends_and_its_answer_arrives(void) {
     tcpsrv_close(stream);
     turns_until(has_closed);
     CHECK_INT(close_result, 0);
+    service_close(&here);
+}
+
+static size_t queued_then;
+
+/* Fills the connection, reads once, and waits until all is out. */
+static int fill_and_wait(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes got;
+    (void)peer;
+    *(tcpsrv_stream **)user = stream;
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    CHECK_INT(tcpsrv_on_close(stream, on_closed, NULL), 0);
+    CHECK_INT(tcpsrv_try_write(stream, bulk, BULK), 0);
+    CHECK_INT(tcpsrv_read_some(stream, 0, &got), 0);
+    queued_then = stream->out.size;
+    CHECK(tcpsrv__link_of(stream)->sealed);
+    return ended(tcpsrv_flush(stream));
+}
+
+static tcpsrv_stream *filled;
+
+static int is_filled(void) {
+    return filled && filled->blocked && tcpsrv__link_of(filled)->sealed;
+}
+
+/* The engine drops what it has sealed; the stream does not count it as sent. */
+static void a_failure_with_a_record_half_out_tells_of_all_that_is_lost(void) {
+    static const char junk[] = "This is no record, nor anything else that would be one.";
+    service here;
+    tcpsrv__engine *engine;
+    tcpsrv_stream *stream;
+    service_init(&here, fill_and_wait, NULL);
+    here.options.user = &filled;
+    here.options.max_write_buffer_size = 2 * (size_t)BULK;
+    service_start(&here);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    turns_until(is_filled);
+    engine = tcpsrv__link_of(stream)->engine;
+    CHECK_INT(tcpsrv__engine_wake(engine), 0);
+    CHECK_INT(tcpsrv__engine_write(engine, "x", 1), 1);
+    tcpsrv__engine_flush(engine);
+    CHECK_INT(tcpsrv__link_push(stream), 0);
+    CHECK_INT(send(tcpsrv_fd(stream), junk, sizeof junk, MSG_NOSIGNAL), sizeof junk);
+    while (!has_closed()) {
+        ssize_t n = recv(tcpsrv_fd(stream), bulk, BULK, MSG_DONTWAIT);
+        CHECK(n >= 0 || errno == EAGAIN || errno == ECONNRESET);
+        CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 10), 0);
+    }
+    CHECK(close_result < TCPSRV_ETLS && close_result > TCPSRV_ERESOLVE);
+    CHECK_INT(close_unsent, queued_then);
+    CHECK_INT(handler_result, close_result);
+    tcpsrv_abort(stream);
     service_close(&here);
 }
 
@@ -1754,6 +1840,59 @@ static void start_tls_refuses_plain_data_that_came_before_it(void) {
     service_close(&here);
 }
 
+static int leave_at_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)stream, (void)peer, (void)user;
+    return 0;
+}
+
+static void start_tls_wants_a_peer_that_still_speaks(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    service_init(&here, leave_at_once, NULL);
+    here.options.tls = NULL;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    CHECK_INT(tcpsrv_read_some(stream, 0, &got), TCPSRV_EOF);
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), TCPSRV_EOF);
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
+static void a_failed_start_tls_leaves_the_stream_as_it_was(void) {
+    service here;
+    tcpsrv_stream *stream;
+    int err = -1, n;
+    service_init(&here, echo_lines, NULL);
+    here.options.tls = NULL;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    talk_lines(stream);
+    for (n = 1; err; n++) {
+        CHECK(n < 100);
+        test_fail_alloc_at = n;
+        err = tcpsrv_start_tls(stream, here.client_tls, "localhost");
+        if (err) CHECK_INT(err, -ENOMEM);
+        if (err && stream->extra) CHECK_INT(stream->extra->handshake_due, 0);
+    }
+    test_fail_alloc_at = 0;
+    CHECK(n > 4);
+    tcpsrv_abort(stream);
+    service_close(&here);
+}
+
+static void a_stream_that_will_be_tls_is_not_half_closed(void) {
+    service here;
+    tcpsrv_stream *stream;
+    service_open(&here, echo_lines, NULL);
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_shutdown(stream), -ENOTSUP);
+    talk_lines(stream);
+    CHECK_INT(tcpsrv_shutdown(stream), -ENOTSUP);
+    tcpsrv_close(stream);
+    service_close(&here);
+}
+
 static void a_proxy_header_comes_before_tls(void) {
     static const char header[] = "PROXY TCP4 192.0.2.7 192.0.2.8 4000 443\r\n";
     service here;
@@ -1770,6 +1909,21 @@ static void a_proxy_header_comes_before_tls(void) {
     tcpsrv_close(stream);
     turns_until(has_handler_ended);
     CHECK_INT(handler_result, TCPSRV_EOF);
+    service_close(&here);
+}
+
+static void an_end_behind_a_proxy_header_is_no_end_of_tls(void) {
+    service here;
+    int fd;
+    service_init(&here, echo_lines, NULL);
+    here.options.proxy_protocol = TCPSRV_PROXY_OPTIONAL;
+    here.options.trusted = "127.0.0.0/8";
+    service_start(&here);
+    fd = dial_plain(&here);
+    CHECK_INT(shutdown(fd, SHUT_WR), 0);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, TCPSRV_ETLS_TRUNCATED);
+    close(fd);
     service_close(&here);
 }
 
@@ -1949,6 +2103,7 @@ int main(int argc, char **argv) {
         TEST(the_systems_bundle_is_what_a_client_trusts_by_default),
         TEST(close_notify_ends_both_sides_also_with_unread_plaintext),
         TEST(a_tampered_record_is_refused),
+        TEST(what_is_left_of_a_record_goes_out_as_it_is),
         TEST(mutated_hellos_crash_nothing),
         TEST(every_failing_allocation_of_a_handshake_is_survived),
         TEST(a_handler_echoes_over_tls),
@@ -1968,11 +2123,16 @@ int main(int argc, char **argv) {
         TEST(handshakes_are_rationed),
         TEST(an_end_without_close_notify_is_told_from_a_whole_one),
         TEST(a_close_with_unread_plaintext_ends_and_its_answer_arrives),
+        TEST(a_failure_with_a_record_half_out_tells_of_all_that_is_lost),
         TEST(a_peer_that_takes_nothing_ends_a_write_at_its_timeout),
         TEST(a_read_timeout_leaves_its_bytes_and_the_stream),
         TEST(both_sides_go_on_in_tls),
         TEST(start_tls_refuses_plain_data_that_came_before_it),
+        TEST(start_tls_wants_a_peer_that_still_speaks),
+        TEST(a_failed_start_tls_leaves_the_stream_as_it_was),
+        TEST(a_stream_that_will_be_tls_is_not_half_closed),
         TEST(a_proxy_header_comes_before_tls),
+        TEST(an_end_behind_a_proxy_header_is_no_end_of_tls),
         TEST(an_idle_connection_holds_at_most_six_kilobytes),
         TEST(every_failing_allocation_of_a_connection_is_survived),
         TEST(keys_and_secrets_are_wiped),
