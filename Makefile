@@ -2,7 +2,8 @@
 # make test       everything; the last line is the sum
 # make unit       the tests of the header's parts alone, such as make unit SAN=address,undefined
 # make sim        the simulated kernel: SEED=n replays one seed with a trace, SEEDS=n runs so many,
-#                 from FROM=n on; POLLER=epoll, kqueue, netbsd or poll (all where many are run)
+#                 from FROM=n on; POLLER=epoll, kqueue, netbsd or poll (all where many are run);
+#                 TLS=1: with TLS (BearSSL)
 # make exhaustive short scenarios on it, in which every call and allocation fails in its turn
 # make fuzz       clang's libFuzzer over what strangers send and what files hold, and over the
 #                 simulated kernel's chances
@@ -47,8 +48,10 @@ endif
 ifeq ($(shell uname -s),Linux)
 POLL_UNITS = $(patsubst $(BUILD)/%,$(BUILD)/poll/%,$(UNITS))
 # The library on a simulated kernel, once for each poller.
-SIM = $(BUILD)/sim_epoll $(BUILD)/sim_kqueue $(BUILD)/sim_netbsd $(BUILD)/sim_poll
+SIM_PLAIN = $(BUILD)/sim_epoll $(BUILD)/sim_kqueue $(BUILD)/sim_netbsd $(BUILD)/sim_poll
+SIM = $(if $(TLS),,$(SIM_PLAIN)) $(if $(filter yes,$(BEARSSL)),$(addsuffix _tls,$(SIM_PLAIN)))
 endif
+TLS =
 SIM_SOURCES = $(wildcard tests/sim/*.[ch] tests/sim/include/sys/*.h)
 POLLER = epoll
 SEEDS = 1000
@@ -102,15 +105,22 @@ $(BUILD)/sim_epoll: SIM_POLLER = EPOLL
 $(BUILD)/sim_kqueue: SIM_POLLER = KQUEUE
 $(BUILD)/sim_netbsd: SIM_POLLER = KQUEUE -DSIM_NETBSD
 $(BUILD)/sim_poll: SIM_POLLER = POLL
+$(BUILD)/sim_%_tls: SIM_TLS = -DTCPSERVER_TLS
+$(BUILD)/sim_%_tls: LIBS = -lbearssl
+$(BUILD)/sim_epoll_tls: SIM_POLLER = EPOLL
+$(BUILD)/sim_kqueue_tls: SIM_POLLER = KQUEUE
+$(BUILD)/sim_netbsd_tls: SIM_POLLER = KQUEUE -DSIM_NETBSD
+$(BUILD)/sim_poll_tls: SIM_POLLER = POLL
 
 $(BUILD)/sim_%: $(SIM_SOURCES) tcpserver.h $(BUILD)/flags
 	@mkdir -p $(BUILD)
 	@rm -f $@
-	$(COMPILE) -Itests/sim/include -DTCPSERVER_USE_$(SIM_POLLER) -pthread tests/sim/sim.c -o $@
+	$(COMPILE) -Itests/sim/include -DTCPSERVER_USE_$(SIM_POLLER) $(SIM_TLS) -pthread \
+	    tests/sim/sim.c -o $@ $(LIBS)
 
 sim: $(SIM)
 ifdef SEED
-	@$(BUILD)/sim_$(POLLER) seed $(SEED)
+	@$(BUILD)/sim_$(POLLER)$(if $(TLS),_tls) seed $(SEED)
 else
 	@for program in $(SIM); do echo "$$program:"; $$program seeds $(FROM) $(SEEDS) || exit 1; done
 endif

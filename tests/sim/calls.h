@@ -4,6 +4,9 @@
 #define SIM_CALLS_H
 
 #include "pollers.h"
+#ifdef TCPSERVER_TLS
+#include "crypto.h"
+#endif
 
 #ifdef TCPSERVER_USE_KQUEUE
 #undef __linux__ /* also the ways of systems without accept4, eventfd and sendfile */
@@ -30,7 +33,7 @@
     sim_sendv(fd, (message)->msg_iov, (int)(message)->msg_iovlen, flags, CALL_SEND)
 #define sendfile(fd, file, offset, size) sim_sendfile(fd, file, offset, size)
 #define pread(fd, memory, size, offset) sim_pread(fd, memory, size, offset)
-#define open(path, flags) sim_open_null()
+#define open(path, flags) ((void)(path), sim_open_null())
 #define setsockopt(fd, level, option, value, size) \
     ((void)(size), sim_setsockopt(fd, level, option, value))
 #define getsockopt(fd, level, option, value, size) \
@@ -59,6 +62,18 @@
 #define pthread_detach(thread) ((void)(thread))
 #define getaddrinfo(host, port, hints, list) sim_getaddrinfo(host, port, hints, list)
 #define freeaddrinfo(list) sim_freeaddrinfo(list)
+
+#ifdef TCPSERVER_TLS
+#define getentropy(memory, size) sim_getentropy(memory, size)
+#define br_ec_get_default() sim_curves()
+#define br_ssl_engine_set_default_ec(core) br_ssl_engine_set_ec(core, sim_curves())
+#define br_ssl_engine_set_default_ecdsa(core) sim_set_ecdsa(core)
+#define br_ssl_engine_inject_entropy(core, seed, size) sim_inject_entropy(core, seed, size)
+#define br_ssl_engine_sendapp_ack(core, size) sim_sendapp_ack(core, size)
+#define br_ssl_engine_sendrec_ack(core, size) sim_sendrec_ack(core, size)
+#define br_ssl_engine_recvapp_ack(core, size) sim_recvapp_ack(core, size)
+#define br_ssl_engine_close(core) sim_engine_close(core)
+#endif
 
 #if defined(TCPSERVER_USE_EPOLL)
 #define epoll_create1(flags) sim_epoll_create()

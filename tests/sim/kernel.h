@@ -70,7 +70,7 @@ typedef enum sim_call {
     CALL_SHUTDOWN, CALL_CLOSE, CALL_SETSOCKOPT, CALL_GETSOCKOPT, CALL_NAME, CALL_FCNTL, CALL_DUP,
     CALL_IOCTL, CALL_FSTAT, CALL_OPEN, CALL_EVENTFD, CALL_PIPE, CALL_WAKE, CALL_WRITEV, CALL_PREAD,
     CALL_SENDFILE, CALL_POLLER_OPEN, CALL_POLLER_ADD, CALL_POLLER_WAIT, CALL_MMAP, CALL_GUARD,
-    CALL_MPROTECT, CALL_SIGACTION, CALL_RESOLVE, CALL_THREAD, CALL_PATH,
+    CALL_MPROTECT, CALL_SIGACTION, CALL_RESOLVE, CALL_THREAD, CALL_PATH, CALL_ENTROPY,
     CALL_ALLOC, SIM_CALLS
 } sim_call;
 
@@ -115,6 +115,7 @@ static const sim_call_info sim_calls[SIM_CALLS] = {
     { "getaddrinfo", { ENOMEM } },
     { "pthread_create", { EAGAIN } },
     { "lstat, chmod, remove", { EACCES, EIO, ENOMEM } },
+    { "getentropy", { EIO, ENOSYS } },
     { "realloc", { ENOMEM } }
 };
 
@@ -167,6 +168,7 @@ static struct sim_state {
     size_t bytes_left;
     struct sim_options_of_run run;
     const char *what;           /* the workload's name */
+    struct tcpsrv_loop *loop;   /* while there is one */
     int calls, last_failed, last_errno, errno_count;
     int faults;                 /* how many calls were made to fail */
     int alloc_failed;           /* how many allocations */
@@ -177,6 +179,8 @@ static struct sim_state {
     int bsd;                    /* the habits of another family of kernels */
     int waits, idle_waits;      /* turns; those since anything moved */
     uint64_t accept_trouble_at; /* the last failure that may pause a listener */
+    int entropies;              /* how often randomness was asked for */
+    int wrong_names;            /* a client wants a name that no certificate has */
     int path_exists, path_inode; /* of the one Unix socket's file */
     uint64_t progress, progress_seen;
     size_t live_bytes, live_blocks, maps;

@@ -65,6 +65,10 @@ typedef struct model_conn {
     int starved;
     uint64_t seen_taken;
     int64_t child;              /* a coroutine that writes beside the handler */
+    int secure;                 /* by TLS, once it is bound */
+    int wrong_name;             /* that no certificate has */
+    int64_t handshake_ms;
+    uint64_t handshake_at;
 } model_conn;
 
 static struct model_state {
@@ -79,6 +83,234 @@ static struct model_state {
     int turns;
     unsigned char bytes[MODEL_BYTES];
 } model;
+
+/* ---- TLS ------------------------------------------------------------------------------------- */
+
+#ifdef TCPSERVER_TLS
+
+static int model_held_back(const model_conn *conn);
+
+/* Encrypts from out_pos on, and decrypts from in_pos on. */
+static void model_secure_begin(model_conn *conn, uint64_t in_pos, uint64_t out_pos) {
+    sim_dir *out = &conn->link->dir[conn->side], *in = &conn->link->dir[!conn->side];
+    conn->secure = 1;
+    conn->handshake_at = sim.now;
+    out->clear = out->plain_sealed = out->plain_sent = out_pos;
+    in->secure_from = in->plain_taken = in_pos;
+    SIM_TRACE("stream %d begins TLS: sends it from %llu on, gets it from %llu on", conn->number,
+              (unsigned long long)out->clear, (unsigned long long)in->secure_from);
+}
+
+/* The first bytes of a stream that the model does not know yet: its handler has not begun. */
+static void model_secure_unknown(sim_link *link, int side) {
+    const tcpsrv_loop *loop = sim.loop;
+    int i;
+    for (i = 1; loop && i < (int)loop->slot_count; i++) {
+        const tcpsrv__source *source = loop->slots[i].source;
+        if (!source || source->type != &tcpsrv__stream_class ||
+            source->fd != link->end[side].object->fd)
+            continue;
+        if (((const tcpsrv_stream *)(const void *)source)->foreign &&
+            ((const tcpsrv_stream *)(const void *)source)->extra->io == &tcpsrv__tls_transport)
+            link->dir[side].clear = 0;
+    }
+}
+
+static const tcpsrv__engine *model_engine(const model_conn *conn) {
+    const tcpsrv__source *source;
+    if (!conn->secure || model.ending) return NULL;
+    source = tcpsrv__source_by_id(conn->loop, conn->id);
+    if (!source || !conn->stream->foreign || conn->stream->extra->io != &tcpsrv__tls_transport)
+        return NULL;
+    return tcpsrv__link_of(conn->stream)->engine;
+}
+
+static int model_handshakes(const model_conn *conn) {
+    return model_engine(conn) && conn->stream->connecting;
+}
+
+static model_conn *model_of_engine(const br_ssl_engine_context *core) {
+    int i;
+    for (i = 0; i < model.count; i++) {
+        const tcpsrv__engine *engine = model_engine(&model.conns[i]);
+        if (engine && engine->core == core) return &model.conns[i];
+    }
+    return NULL;
+}
+
+static void model_secure_write(br_ssl_engine_context *core, size_t size) {
+    const model_conn *conn = model_of_engine(core);
+    size_t room;
+    const unsigned char *data = br_ssl_engine_sendapp_buf(core, &room);
+    sim_dir *out = conn ? &conn->link->dir[conn->side] : NULL;
+    if (!conn) sim_broken(1, "something is encrypted for nobody");
+    if (out->plain_sealed + size > conn->out_pos ||
+        !sim_dir_equal(out, out->plain_sealed, data, size))
+        sim_broken(1, "stream %d: the %zu bytes that are encrypted from %llu on are not those "
+                   "written", conn->number, size, (unsigned long long)out->plain_sealed);
+    out->plain_sealed += size;
+    SIM_TRACE("stream %d encrypts %zu", conn->number, size);
+}
+
+static void model_secure_sent(br_ssl_engine_context *core) {
+    const model_conn *conn = model_of_engine(core);
+    size_t size;
+    sim_dir *out = conn ? &conn->link->dir[conn->side] : NULL;
+    if (!conn || br_ssl_engine_sendrec_buf(core, &size)) return;
+    out->plain_sent = out->plain_sealed;
+    if (out->notify_end == SIM_NEVER &&
+        (out->notifies || (br_ssl_engine_current_state(core) == BR_SSL_CLOSED &&
+                           !br_ssl_engine_last_error(core))))
+        out->notify_end = out->sent;
+}
+
+static void model_secure_read(br_ssl_engine_context *core, size_t size) {
+    const model_conn *conn = model_of_engine(core);
+    size_t room;
+    const unsigned char *data = br_ssl_engine_recvapp_buf(core, &room);
+    sim_dir *in = conn ? &conn->link->dir[!conn->side] : NULL;
+    if (!conn) sim_broken(1, "something is decrypted for nobody");
+    if (in->clear != in->secure_from)
+        sim_broken(1, "stream %d decrypts what was not encrypted", conn->number);
+    if (in->plain_taken + size > in->plain_sealed ||
+        !sim_dir_equal(in, in->plain_taken, data, size))
+        sim_broken(1, "stream %d: the %zu bytes that are decrypted from %llu on are not those "
+                   "sent", conn->number, size, (unsigned long long)in->plain_taken);
+    in->plain_taken += size;
+    SIM_TRACE("stream %d decrypts %zu", conn->number, size);
+}
+
+static void model_secure_close(br_ssl_engine_context *core) {
+    const model_conn *conn = model_of_engine(core);
+    if (!conn) return;
+    if (conn->out_pos > conn->link->dir[conn->side].plain_sealed)
+        sim_broken(1, "stream %d says close_notify, with %llu bytes not sent", conn->number,
+                   (unsigned long long)(conn->out_pos -
+                                        conn->link->dir[conn->side].plain_sealed));
+    conn->link->dir[conn->side].notifies = 1;
+    SIM_TRACE("stream %d says close_notify", conn->number);
+}
+
+static int model_notified(const model_conn *conn) {
+    const sim_dir *in = &conn->link->dir[!conn->side];
+    return in->taken >= in->notify_end;
+}
+
+/* Up to where the records are whole that were received. */
+static uint64_t model_deliverable(const sim_dir *in) {
+    const sim_wire *wire = &in->wire;
+    size_t i = 0;
+    while (i < wire->count && wire->records[i].wire <= in->taken) i++;
+    return i ? wire->records[i - 1].plain : in->secure_from;
+}
+
+/* All that came whole was decrypted, when a read waits for it. */
+static void model_quiet_secure(const model_conn *conn) {
+    const sim_dir *in = &conn->link->dir[!conn->side];
+    if (!conn->secure || !model_engine(conn) || conn->stream->dead) return;
+    if (conn->stream->connecting && !conn->closing && conn->handshake_ms > 0 &&
+        sim.now > conn->handshake_at + SIM_MS(conn->handshake_ms + 1))
+        sim_broken(2, "stream %d: its handshake outlives its time", conn->number);
+    if (!conn->reading || conn->stream->connecting || in->clear != in->secure_from ||
+        model_held_back(conn) || model.full)
+        return;
+    if (model_notified(conn))
+        sim_broken(2, "stream %d: a read outlives close_notify", conn->number);
+    if (model_deliverable(in) > in->plain_taken && in->taken >= in->secure_from)
+        sim_broken(2, "stream %d: a read waits, and %llu bytes wait to be decrypted",
+                   conn->number, (unsigned long long)(model_deliverable(in) - in->plain_taken));
+}
+
+/* Whether its engine waits to send, or the clear text before it: then it takes nothing. */
+static int model_secure_sends(const model_conn *conn) {
+    const tcpsrv__engine *engine = model_engine(conn);
+    const sim_dir *out = &conn->link->dir[conn->side];
+    size_t size;
+    if (engine && out->sent < out->clear) return 1;
+    return engine && engine->started && engine->records &&
+           br_ssl_engine_sendrec_buf(engine->core, &size) != NULL;
+}
+
+/* What ends before it is set up has nothing to announce. */
+static int model_secure_is_done(const model_conn *conn) {
+    const tcpsrv__engine *engine = model_engine(conn);
+    return engine && engine->done;
+}
+
+/* Whether it has been told that nothing more comes. */
+static int model_told_end(const model_conn *conn) {
+    return conn->secure && conn->bound ? model_notified(conn) : conn->object->told_end;
+}
+
+/* By TLS before it died of something else. */
+static int model_input_ended(const model_conn *conn) {
+    return model_told_end(conn) && (!conn->secure || !conn->stream->dead || conn->stream->eof);
+}
+
+/* Whether TLS may end with this code. */
+static int model_secure_may_end(const model_conn *conn, int code) {
+    const sim_dir *in = &conn->link->dir[!conn->side];
+    const sim_peer *peer = conn->link->end[!conn->side].peer;
+    const struct sim_secure *end = peer ? peer->secure : NULL;
+    int number = TCPSRV_ETLS - code;
+    if (!conn->secure) return 0;
+    if (code == -EPIPE) return model_notified(conn);
+    if (code == TCPSRV_ETLS_TRUNCATED)
+        return conn->object->told_end && !model_notified(conn);
+    if (in->clear != in->secure_from || (peer && !end)) return number > 0 && number < 1000;
+    if (sim.alloc_failed && number == BR_ERR_X509_LIMIT_EXCEEDED) return 1;
+    if (number >= BR_ERR_X509_OK && number <= BR_ERR_X509_NOT_TRUSTED) return conn->wrong_name;
+    if (!end) return number > 0 && number < 1000; /* the other end is ours, and has its reasons */
+    if (code == TCPSRV_ETLS_NAME) return !!end->name;
+    if (code == TCPSRV_ETLS_VERSION || number == 512 + 70) return end->fault == SECURE_OLD;
+    if (number == 256 + 40) return end->fault == SECURE_ALERTS || end->fault >= SECURE_OLD;
+    if (number == 256 + 70) return end->fault >= SECURE_OLD;
+    if (end->fault == SECURE_STRANGE) return number == 512 + 40;
+    return end->fault == SECURE_DAMAGES && number > 0 && number < 256;
+}
+
+#else
+
+static void model_secure_begin(model_conn *conn, uint64_t in_pos, uint64_t out_pos) {
+    (void)conn, (void)in_pos, (void)out_pos;
+}
+
+static void model_secure_unknown(sim_link *link, int side) {
+    (void)link, (void)side;
+}
+
+static int model_handshakes(const model_conn *conn) {
+    (void)conn;
+    return 0;
+}
+
+static void model_quiet_secure(const model_conn *conn) {
+    (void)conn;
+}
+
+static int model_secure_sends(const model_conn *conn) {
+    (void)conn;
+    return 0;
+}
+
+static int model_secure_is_done(const model_conn *conn) {
+    (void)conn;
+    return 1;
+}
+
+static int model_told_end(const model_conn *conn) {
+    return conn->object->told_end;
+}
+
+static int model_input_ended(const model_conn *conn) {
+    return conn->object->told_end;
+}
+
+static int model_secure_may_end(const model_conn *conn, int code) {
+    (void)conn, (void)code;
+    return 0;
+}
+#endif
 
 /* ---- the oracle ------------------------------------------------------------------------------ */
 
@@ -96,6 +328,7 @@ static void model_bind_conn(model_conn *conn, sim_link *link, int side) {
     conn->side = side;
     conn->object = link->end[side].object;
     conn->bound = 1;
+    if (conn->secure) model_secure_begin(conn, 0, 0);
     SIM_TRACE("stream %d is on connection %d", conn->number, (int)(link - sim_links));
 }
 
@@ -110,6 +343,7 @@ static void model_bind(sim_link *link, int side) {
         model_bind_conn(conn, link, side);
         return;
     }
+    model_secure_unknown(link, side);
 }
 
 /* Those that have a descriptor since the last turn. */
@@ -126,7 +360,7 @@ static void model_bind_all(void) {
 }
 
 static uint64_t model_available(const model_conn *conn) {
-    return conn->link->dir[!conn->side].taken - conn->in_pos;
+    return sim_taken(&conn->link->dir[!conn->side]) - conn->in_pos;
 }
 
 /* The framings of the workload: by one byte, by two bytes after a second look, one that refuses. */
@@ -179,11 +413,12 @@ static model_answer model_expect(const model_conn *conn, int eof) {
     model_answer answer = { 1, 0 };
     int64_t end;
     if (size > sizeof model.bytes) sim_broken(4, "%zu bytes are held", size);
-    sim_dir_copy(&conn->link->dir[!conn->side], conn->in_pos, model.bytes, size);
+    sim_in_copy(&conn->link->dir[!conn->side], conn->in_pos, model.bytes, size);
     switch (want->kind) {
     case WANT_EXACTLY: case WANT_INTO: return model_at_least(size, want->size, want->size);
     case WANT_SOME: return model_at_least(size, 1, size < want->max ? size : want->max);
-    case WANT_READY: return model_at_least(1, !conn->object->connecting ? 0 : 2, 0);
+    case WANT_READY: return model_at_least(1, conn->object->connecting ||
+                                                         model_handshakes(conn) ? 2 : 0, 0);
     case WANT_CLOSE:
         if (size > want->max) answer.code = TCPSRV_ETOOBIG;
         else if (eof) answer = model_at_least(size, 0, size);
@@ -208,7 +443,7 @@ static int model_may_end(const model_conn *conn, int code) {
     switch (code) {
     case 0: return 1;
     case -EINTR: return 0; /* whatever a signal interrupts goes on */
-    case TCPSRV_EOF: return conn->object->told_end ||
+    case TCPSRV_EOF: return model_told_end(conn) ||
                             ((model.draining || model.signalled) && model_of_server(conn));
     case TCPSRV_ECLOSED: return conn->closing || conn->shut || conn->drained ||
                                 (model_of_server(conn) &&
@@ -217,12 +452,15 @@ static int model_may_end(const model_conn *conn, int code) {
     case TCPSRV_ECANCELED: return conn->cancelled || model.ending || conn->outside;
     case TCPSRV_EBUFFULL: return model.memory_limit && model_of_server(conn);
     case TCPSRV_ETIMEDOUT: return conn->read_due || conn->read_ms > 0 || conn->write_ms > 0 ||
-                                  conn->idle_ms > 0 || conn->connect_ms > 0 || conn->closing;
+                                  conn->idle_ms > 0 || conn->connect_ms > 0 || conn->closing ||
+                                  (conn->secure && sim.now >= conn->handshake_at +
+                                                              SIM_MS(conn->handshake_ms));
     case -ENOMEM: if (sim.alloc_failed) return 1; break;
     case -EIO: if (conn->short_file) return 1; break;
     case -EPIPE: if (conn->link->is_pipe && conn->link->end[1].closed) return 1; break;
     default: break;
     }
+    if (conn->secure && model_secure_may_end(conn, code)) return 1;
     if (conn->client && (code <= TCPSRV_ERESOLVE ||
                          (code > -192 && sim_noted(sim.told_connecting, -code))))
         return 1;
@@ -245,7 +483,7 @@ static int model_is_open(const model_conn *conn) {
 }
 
 static uint64_t model_queued(const model_conn *conn) {
-    return conn->out_pos - conn->link->dir[conn->side].sent;
+    return conn->out_pos - sim_sent(&conn->link->dir[conn->side]);
 }
 
 /* ---- reads ----------------------------------------------------------------------------------- */
@@ -261,7 +499,7 @@ static void model_read_begin(model_conn *conn, const model_want *want) {
 }
 
 static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
-    model_answer answer = model_expect(conn, conn->object->told_end);
+    model_answer answer = model_expect(conn, model_input_ended(conn));
     if (conn->want.kind == WANT_READY && !conn->bound) return; /* it was, and is dead already */
     if (answer.code != 0 || (answer.size != bytes.size && conn->want.kind != WANT_SOME))
         sim_broken(1, "stream %d: a read of kind %d gave %zu bytes, of %d; expected: code %d, %zu",
@@ -270,7 +508,7 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
     if (bytes.size > answer.size || (conn->want.kind == WANT_SOME && !bytes.size))
         sim_broken(1, "stream %d: %zu of %zu bytes were given", conn->number, bytes.size,
                    answer.size);
-    if (!sim_dir_equal(&conn->link->dir[!conn->side], conn->in_pos, bytes.data, bytes.size))
+    if (!sim_in_equal(&conn->link->dir[!conn->side], conn->in_pos, bytes.data, bytes.size))
         sim_broken(1, "stream %d: the %zu bytes from %llu on are not those sent", conn->number,
                    bytes.size, (unsigned long long)conn->in_pos);
     conn->in_pos += bytes.size;
@@ -279,7 +517,7 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
 
 /* A read that ended with a code could not have been answered with what had come. */
 static void model_check_read_code(model_conn *conn, int code) {
-    model_answer answer = model_expect(conn, conn->object->told_end);
+    model_answer answer = model_expect(conn, model_input_ended(conn));
     int oracle = code == TCPSRV_ETOOBIG || code == TCPSRV_EREFUSED;
     if (oracle && answer.code != code)
         sim_broken(4, "stream %d: a read ended with %s, expected %d with %zu of %d bytes",
@@ -320,7 +558,7 @@ static void model_received(sim_link *link, int side) {
     model_conn *conn = (model_conn *)link->end[side].owner;
     uint64_t held;
     if (!conn || conn->closing || model.ending) return;
-    if (!conn->reading)
+    if (!conn->reading && !model_handshakes(conn))
         sim_broken(4, "stream %d: bytes were received while nobody reads", conn->number);
     held = model_available(conn);
     if (held > conn->max_buffer + conn->want.size + conn->chunk + 262144)
@@ -334,6 +572,7 @@ static void model_received(sim_link *link, int side) {
 static void model_ended_in_order(sim_link *link, int side) {
     const model_conn *conn = (const model_conn *)link->end[side].owner;
     if (!conn || link->end[side].object->reset) return;
+    link->end[side].in_order = conn->stream->error == 0 && model_secure_is_done(conn);
     if (model_queued(conn))
         sim_broken(1, "stream %d ends as if whole, with %llu bytes not sent", conn->number,
                    (unsigned long long)model_queued(conn));
@@ -358,7 +597,8 @@ static void model_closed(model_conn *conn, int result, size_t unsent) {
                    conn->number, unsent, (unsigned long long)model_queued(conn));
     if (!result && unsent) sim_broken(1, "stream %d: on_close hides a loss", conn->number);
     if (!result && !conn->closing) sim_broken(2, "stream %d ended by itself", conn->number);
-    if (!result && !object->told_end && !object->reset && object->shut_wr &&
+    if (!result && !object->told_end && !model_input_ended(conn) && !object->reset &&
+        object->shut_wr &&
         object->swallowed < 65536 && sim.now < object->shut_at + SIM_MS(2000) &&
         !object->told[0] && !object->told[1] && !object->told[2])
         sim_broken(1, "stream %d was closed before the peer could read all", conn->number);
@@ -373,12 +613,13 @@ static int model_held_back(const model_conn *conn) {
 static void model_conn_turn(model_conn *conn) {
     const sim_dir *in = &conn->link->dir[!conn->side];
     int ready = conn->reading && !conn->closing && !model.memory_limit && model_is_open(conn) &&
-                !model_held_back(conn) && !conn->object->connecting && in->arrived > in->taken;
-    if (!ready || in->taken != conn->seen_taken) conn->starved = 0;
+                !model_held_back(conn) && !conn->object->connecting && in->arrived > in->taken &&
+                !model_secure_sends(conn);
+    if (!ready || in->taken + in->plain_taken != conn->seen_taken) conn->starved = 0;
     else if (++conn->starved > MODEL_STARVED)
         sim_broken(5, "stream %d was ready for %d turns and not served", conn->number,
                    conn->starved);
-    conn->seen_taken = in->taken;
+    conn->seen_taken = in->taken + in->plain_taken;
 }
 
 static void model_turn(void) {
@@ -404,7 +645,8 @@ static void model_quiet_read(const model_conn *conn) {
         sim_broken(2, "stream %d: a read outlives its deadline", conn->number);
     if (!model_is_open(conn)) sim_broken(2, "stream %d: a read of a dead stream waits",
                                          conn->number);
-    if (!conn->object->connecting && !full && (in->arrived > in->taken || in->fin_arrived))
+    if (!conn->object->connecting && !full && (in->arrived > in->taken || in->fin_arrived) &&
+        !(model_handshakes(conn) && model_secure_sends(conn)))
         sim_broken(2, "stream %d: a read waits, and input waits in the kernel", conn->number);
     if (!conn->lost && model_expect(conn, 0).code != 1)
         sim_broken(2, "stream %d: a read of kind %d waits, and its %d bytes are there",
@@ -418,13 +660,14 @@ static void model_quiet_write(const model_conn *conn) {
                                       conn->number);
         return;
     }
-    if (conn->object->connecting) return;
+    if (conn->object->connecting || model_handshakes(conn)) return;
     if (model_queued(conn) && sim_has_room(conn->object) && !conn->torn)
         sim_broken(2, "stream %d: output waits, and the kernel has room", conn->number);
     if (!model_queued(conn) && conn->flushes)
         sim_broken(2, "stream %d: all is out, and on_flush waits", conn->number);
     if (!model_queued(conn) && (conn->shut || conn->closing) && !conn->object->shut_wr &&
-        conn->object->kind == SIM_SOCKET && !conn->object->reset)
+        conn->object->kind == SIM_SOCKET && !conn->object->reset &&
+        (!conn->secure || sim_has_room(conn->object)))
         sim_broken(2, "stream %d: all is out, and its end is not sent", conn->number);
 }
 
@@ -462,6 +705,7 @@ static void model_quiet(void) {
         model_quiet_write(conn);
         model_quiet_close(conn);
         model_quiet_memory(conn);
+        model_quiet_secure(conn);
     }
     world_quiet();
 }

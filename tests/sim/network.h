@@ -2,7 +2,9 @@
    directions, each a few counters: its bytes are a fixed table seen from a place that the direction
    has to itself, so that every byte is known by its position and none is stored. What is sent lies
    in the sender's buffer until it arrives in the receiver's; the end of it (FIN) arrives behind the
-   last byte, a reset overtakes all. One end of a connection may be a peer that the world plays. */
+   last byte, a reset overtakes all. One end of a connection may be a peer that the world plays.
+   From some place on a direction may be encrypted: from there on its bytes are stored, and what
+   was written and read is counted beside them. */
 #ifndef SIM_NETWORK_H
 #define SIM_NETWORK_H
 
@@ -12,6 +14,17 @@ enum { SIM_TABLE = 65521 };     /* a prime: no buffer's size is a multiple of it
 
 static unsigned char sim_table[2 * SIM_TABLE];
 
+typedef struct sim_record {     /* one record of a peer's: where it and its plaintext end */
+    uint64_t wire, plain;
+} sim_record;
+
+typedef struct sim_wire {
+    unsigned char *bytes;
+    size_t size, room;
+    sim_record *records;
+    size_t count, records_room;
+} sim_wire;
+
 struct sim_dir {
     size_t place;               /* in the table */
     uint64_t sent, arrived, taken;
@@ -19,6 +32,12 @@ struct sim_dir {
     uint64_t next;              /* when more of it arrives */
     unsigned char fin, fin_arrived, head_size;
     unsigned char head[120];    /* bytes before those of the table */
+    uint64_t clear;             /* what the writer sends from here on is encrypted */
+    uint64_t secure_from;       /* what the reader takes from here on it decrypts */
+    uint64_t plain_sealed, plain_sent, plain_taken; /* then: written, out as a whole, and read */
+    uint64_t notify_end;        /* behind the writer's close_notify; SIM_NEVER: it sent none */
+    unsigned char notifies;     /* it is on its way */
+    sim_wire wire;              /* what is sent from clear on */
 };
 
 typedef struct sim_end {
@@ -26,6 +45,7 @@ typedef struct sim_end {
     sim_peer *peer;             /* or the world's */
     void *owner;                /* the model's connection */
     unsigned char closed;
+    unsigned char in_order;     /* its end has come behind all that it has to say */
     uint64_t reset_at;          /* when a reset arrives here */
 } sim_end;
 
@@ -36,6 +56,8 @@ struct sim_link {
     sim_end end[2];             /* 0 began the connection */
     uint64_t latency, connect_at;   /* when the connecting end learns how it went */
     int connect_error;
+    uint64_t accepted_at;
+    uint64_t upgrade_at;        /* where TLS is to begin in what a peer sends; 0: it is not */
 };
 
 static sim_link sim_links[SIM_LINKS];
@@ -91,6 +113,58 @@ static int sim_dir_equal(const sim_dir *dir, uint64_t from, const void *memory, 
         if (memcmp(is, sim_table + (dir->place + from - dir->head_size) % SIM_TABLE, n) != 0)
             return 0;
         is += n;
+        from += n;
+        size -= n;
+    }
+    return 1;
+}
+
+/* Bytes as they go over the wire. */
+static void sim_wire_copy(const sim_dir *dir, uint64_t from, void *memory, size_t size) {
+    size_t clear = from < dir->clear ? size : 0;
+    if (clear && dir->clear - from < size) clear = (size_t)(dir->clear - from);
+    sim_dir_copy(dir, from, memory, clear);
+    if (clear == size) return;
+    memcpy((char *)memory + clear, dir->wire.bytes + (from + clear - dir->clear), size - clear);
+}
+
+static void sim_wire_add(sim_dir *dir, const void *memory, size_t size) {
+    sim_wire *wire = &dir->wire;
+    if (!size) return;
+    while (wire->room - wire->size < size) wire->room = 2 * wire->room + 1024;
+    wire->bytes = (unsigned char *)realloc(wire->bytes, wire->room);
+    if (!wire->bytes) sim_broken(0, "no memory for what is sent");
+    memcpy(wire->bytes + wire->size, memory, size);
+    wire->size += size;
+}
+
+/* How far the program that sends, or reads, has come with its own bytes. */
+static uint64_t sim_sent(const sim_dir *dir) {
+    return dir->sent < dir->clear ? dir->sent : dir->plain_sent;
+}
+
+static uint64_t sim_taken(const sim_dir *dir) {
+    return dir->taken < dir->secure_from ? dir->taken : dir->plain_taken;
+}
+
+/* What the reader gets: as it went over the wire, or decrypted. */
+static void sim_in_copy(const sim_dir *dir, uint64_t from, void *memory, size_t size) {
+    size_t clear = from < dir->secure_from ? size : 0;
+    if (clear && dir->secure_from - from < size) clear = (size_t)(dir->secure_from - from);
+    sim_wire_copy(dir, from, memory, clear);
+    sim_dir_copy(dir, from + clear, (char *)memory + clear, size - clear);
+}
+
+static int sim_in_equal(const sim_dir *dir, uint64_t from, const void *memory, size_t size) {
+    char is[512];
+    const char *at = (const char *)memory;
+    if (from + size <= dir->clear || from >= dir->secure_from)
+        return sim_dir_equal(dir, from, memory, size);
+    while (size) {
+        size_t n = size < sizeof is ? size : sizeof is;
+        sim_in_copy(dir, from, is, n);
+        if (memcmp(is, at, n) != 0) return 0;
+        at += n;
         from += n;
         size -= n;
     }
@@ -289,6 +363,17 @@ static uint64_t link_room(void) {
     return sim_least_room + 1 + (sim_chance(4) ? sim_below(64) : sim_size(1 << 18));
 }
 
+/* Of the last run. */
+SIM_PRIVATE void sim_wires_forget(void) {
+    int i;
+    for (i = 0; i < 2 * sim_link_count; i++) {
+        sim_wire *wire = &sim_links[i / 2].dir[i % 2].wire;
+        free(wire->bytes);
+        free(wire->records);
+        memset(wire, 0, sizeof *wire);
+    }
+}
+
 static sim_link *link_new(void) {
     sim_link *link;
     int i;
@@ -302,6 +387,7 @@ static sim_link *link_new(void) {
     for (i = 0; i < 2; i++) {
         link->dir[i].place = sim_below(SIM_TABLE);
         link->dir[i].next = link->end[i].reset_at = SIM_NEVER;
+        link->dir[i].clear = link->dir[i].secure_from = link->dir[i].notify_end = SIM_NEVER;
         link->dir[i].window = link_room();
         link->dir[i].room = link_room();
     }
@@ -463,6 +549,7 @@ SIM_PRIVATE int sim_accept(int fd, struct sockaddr *name, socklen_t *size, int f
     object->link = link;
     object->side = 1;
     link->end[1].object = object;
+    link->accepted_at = sim.now;
     if (link->end[1].reset_at <= sim.now) reset_arrive(link, 1);
     if (name) sim_name_make(name, size, object->family, 50000 + (int)(link - sim_links),
                             (int)(link - sim_links) % 3);
@@ -532,7 +619,7 @@ static void sim_take(sim_object *object, const struct iovec *pieces, size_t size
     size_t left = size;
     for (; left; pieces++) {
         size_t n = pieces->iov_len < left ? pieces->iov_len : left;
-        sim_dir_copy(in, in->taken, pieces->iov_base, n);
+        sim_wire_copy(in, in->taken, pieces->iov_base, n);
         in->taken += n;
         left -= n;
     }
@@ -609,13 +696,17 @@ static int sim_broken_pipe(sim_object *object, int flags) {
     return sim_tell(object, EPIPE);
 }
 
-/* Each byte must be the one that the stream's writer wrote at this place. */
+/* Each byte must be the one that the stream's writer wrote at this place; whether encrypted ones are
+   will be seen where they are decrypted. */
 static void sim_put(sim_object *object, const struct iovec *pieces, size_t size) {
     sim_dir *out = sim_outgoing(object);
     if (!object->link->end[object->side].owner) model_bind(object->link, object->side);
     for (; size; pieces++) {
-        size_t n = pieces->iov_len < size ? pieces->iov_len : size;
-        if (!sim_dir_equal(out, out->sent, pieces->iov_base, n))
+        size_t n = pieces->iov_len < size ? pieces->iov_len : size, clear = n;
+        if (out->sent + n > out->clear)
+            clear = out->sent < out->clear ? (size_t)(out->clear - out->sent) : 0;
+        sim_wire_add(out, (const char *)pieces->iov_base + clear, n - clear);
+        if (!sim_dir_equal(out, out->sent, pieces->iov_base, clear))
             sim_broken(1, "connection %d: the %zu bytes from %llu on are not those written",
                        (int)(object->link - sim_links), n, (unsigned long long)out->sent);
         out->sent += n;

@@ -24,7 +24,32 @@ struct sim_peer {
     size_t head_size;
     int head_is;                /* of which kind, sim_head */
     int told_port;              /* that a good head tells */
+    struct sim_secure *secure;  /* NULL: no TLS */
 };
+
+/* secure.h: those with TLS. */
+#ifdef TCPSERVER_TLS
+static uint64_t secure_due(const sim_peer *peer);
+static void secure_step(sim_peer *peer);
+static void secure_plan(sim_peer *peer);
+static int secure_may_run(void);
+#else
+static uint64_t secure_due(const sim_peer *peer) {
+    return peer->send_at;
+}
+
+static void secure_step(sim_peer *peer) {
+    (void)peer;
+}
+
+static void secure_plan(sim_peer *peer) {
+    (void)peer;
+}
+
+static int secure_may_run(void) {
+    return 0;
+}
+#endif
 
 typedef enum sim_head { HEAD_NONE, HEAD_1, HEAD_2, HEAD_LOCAL, HEAD_BAD, HEAD_KINDS } sim_head;
 
@@ -104,6 +129,7 @@ static int peer_accepts(sim_link *link) {
     peer->link = link;
     peer->side = 1;
     link->end[1].peer = peer;
+    secure_plan(peer);
     return 0;
 }
 
@@ -136,6 +162,7 @@ static void peer_connect(sim_peer *peer) {
     link->end[0].peer = peer;
     peer->link = link;
     peer->side = 0;
+    secure_plan(peer);
     memcpy(link->dir[0].head, peer->head, peer->head_size);
     link->dir[0].head_size = (unsigned char)peer->head_size;
     SIM_TRACE("peer %d begins connection %d: sends %d", peer->number, (int)(link - sim_links),
@@ -150,6 +177,7 @@ static uint64_t peer_due(const sim_peer *peer) {
     if (!peer->used) return SIM_NEVER;
     if (!peer->link) return peer->send_at;
     if (peer->link->connect_at != SIM_NEVER) return SIM_NEVER;
+    if (peer->secure) return secure_due(peer);
     in = &peer->link->dir[!peer->side];
     out = &peer->link->dir[peer->side];
     if (in->arrived > in->taken && peer->end != PEER_CLOSES) due = peer->read_at;
@@ -199,6 +227,10 @@ static void peer_step(sim_peer *peer) {
         peer_close(peer, 1);
         return;
     }
+    if (peer->secure) {
+        secure_step(peer);
+        return;
+    }
     if (peer->end != PEER_CLOSES) peer_read(peer);
     peer_send(peer);
     if (out->sent >= peer->to_send && peer->send_at <= sim.now) {
@@ -214,8 +246,10 @@ static void peer_step(sim_peer *peer) {
 
 static void peer_run(void) {
     int i;
-    for (i = 0; i < sim_peer_count; i++)
-        if (sim_peers[i].used && peer_due(&sim_peers[i]) <= sim.now) peer_step(&sim_peers[i]);
+    for (i = 0; i < sim_peer_count; i++) {
+        if (!sim_peers[i].used || peer_due(&sim_peers[i]) > sim.now) continue;
+        if (!sim_peers[i].secure || secure_may_run()) peer_step(&sim_peers[i]);
+    }
 }
 
 static uint64_t peer_next(void) {

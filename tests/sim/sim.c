@@ -5,6 +5,7 @@
                                     errors, and from every call on there is no memory
      sim_POLLER scenario NAME N K   one of them, with a trace: its N-th call fails with its K-th
                                     error, or, K -1, there is no memory from it on
+   With TLS (sim_POLLER_tls) servers, clients and their peers speak it, or take it up half-way.
    The exit status is 0 when every promise was kept; else the seed and the promise are printed. */
 #include "calls.h"
 
@@ -12,6 +13,9 @@
 #include "../../tcpserver.h"
 
 #include "peers.h"
+#ifdef TCPSERVER_TLS
+#include "secure.h"
+#endif
 #include "model.h"
 #include "world.h"
 #include "scenarios.h"

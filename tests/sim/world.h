@@ -27,6 +27,7 @@ static struct world_state {
     int signal_drains;
     int64_t signal_drain_ms;
     int64_t signal_id;
+    int secure;                 /* there is TLS */
     int signals, raised;        /* calls for SIGUSR1; it came and was not told yet */
     int watched_fd, watch_events, watch_calls;
     int64_t watch_id;
@@ -62,6 +63,22 @@ static void conn_place(model_conn *conn, const tcpsrv_stream *stream) {
     conn->link->dir[0].place = sim_below(SIM_TABLE);
 }
 
+/* The server's streams may speak TLS from behind the PROXY header on. */
+static void world_secure_accepted(model_conn *conn) {
+#ifdef TCPSERVER_TLS
+    const sim_peer *other = conn->link->end[0].peer;
+    int header = world.options.proxy_protocol != TCPSRV_PROXY_OFF && other;
+    if (!conn->bound || !conn->stream->foreign ||
+        conn->stream->extra->io != &tcpsrv__tls_transport)
+        return;
+    if (header && other->head_is == HEAD_NONE) header = 0;
+    model_secure_begin(conn, header ? other->head_size : 0, 0);
+    conn->handshake_at = conn->link->accepted_at; /* the header has used some of its time */
+#else
+    (void)conn;
+#endif
+}
+
 static model_conn *conn_new(tcpsrv_stream *stream, int coroutine) {
     model_conn *conn = &model.conns[model.count];
     if (model.count == MODEL_CONNS) sim_broken(0, "too many streams");
@@ -82,7 +99,10 @@ static model_conn *conn_new(tcpsrv_stream *stream, int coroutine) {
     conn->chunk = world.options.read_chunk_size ? world.options.read_chunk_size : 1 << 16;
     conn->close_ms = world.options.close_timeout_ms ? world.options.close_timeout_ms : 5000;
     conn->idle_ms = world.options.idle_timeout_ms;
+    conn->handshake_ms = world.options.handshake_timeout_ms ? world.options.handshake_timeout_ms
+                                                            : 10000;
     tcpsrv_set_user(stream, conn);
+    world_secure_accepted(conn);
     SIM_TRACE("stream %d begins: descriptor %d, connection %d, %s", conn->number,
               tcpsrv_fd(stream), (int)(conn->link - sim_links),
               coroutine ? "a coroutine" : "callbacks");
@@ -97,7 +117,7 @@ static void conn_check_peer(model_conn *conn, const tcpsrv_address *peer) {
     if (other->head_is == HEAD_BAD) sim_broken(4, "a bad header was accepted");
     if (other->head_is == HEAD_NONE && mode == TCPSRV_PROXY_REQUIRED)
         sim_broken(4, "a connection without a header was accepted");
-    conn->in_pos = other->head_size;
+    conn->in_pos = other->head_is == HEAD_NONE ? 0 : other->head_size;
     if ((other->head_is == HEAD_1 || other->head_is == HEAD_2) &&
         (peer->port != other->told_port || memcmp(peer->ip, "\x0a\1\2\3", 4) != 0))
         sim_broken(4, "the header's address was not told");
@@ -121,6 +141,12 @@ static void conn_closing(model_conn *conn) {
     conn->closing_at = sim.now;
 }
 
+/* The upgrade that the peer is waiting for, once its last plain byte is read. */
+static int conn_may_upgrade(const model_conn *conn) {
+    return !conn->secure && conn->bound && conn->link->upgrade_at &&
+           conn->in_pos <= conn->link->upgrade_at && !conn->closing;
+}
+
 /* ---- reads ----------------------------------------------------------------------------------- */
 
 static int64_t world_find_end(const char *data, size_t size, void *arg) {
@@ -131,7 +157,7 @@ static int64_t world_find_end(const char *data, size_t size, void *arg) {
         sim_broken(2, "framing is asked again with %zu bytes, after it wanted %zu", size,
                    conn->frame_asked);
     if (size > model_available(conn) ||
-        !sim_dir_equal(&conn->link->dir[!conn->side], conn->in_pos, data, size))
+        !sim_in_equal(&conn->link->dir[!conn->side], conn->in_pos, data, size))
         sim_broken(1, "framing is shown bytes that were not sent");
     end = model_frame_end((const unsigned char *)data, size, conn->want.frame);
     if (end > 0) conn->frame_asked = (size_t)end;
@@ -153,6 +179,12 @@ static tcpsrv_want want_until(model_want *want, size_t max) {
 static tcpsrv_want want_make(model_conn *conn, model_want *want) {
     size_t max = sim_chance(2) ? 0 : 1 + sim_size(conn->max_buffer);
     memset(want, 0, sizeof *want);
+    if (conn_may_upgrade(conn) && sim_chance(2)) {
+        want->kind = WANT_EXACTLY;
+        want->size = (size_t)(conn->link->upgrade_at - conn->in_pos);
+        want->max = conn->max_buffer;
+        if (want->size <= conn->max_buffer) return tcpsrv_exactly(want->size);
+    }
     want->kind = (model_kind)sim_below(WANT_KINDS);
     want->max = max ? max : conn->max_buffer;
     switch (want->kind) {
@@ -196,7 +228,7 @@ static void conn_peek(model_conn *conn, tcpsrv_stream *stream) {
     if (!tcpsrv_by_id(world.loop, conn->id)) return;      /* a drain has aborted it */
     tcpsrv_peek(stream, &bytes);
     if (bytes.size != model_available(conn) ||
-        !sim_dir_equal(&conn->link->dir[!conn->side], conn->in_pos, bytes.data, bytes.size))
+        !sim_in_equal(&conn->link->dir[!conn->side], conn->in_pos, bytes.data, bytes.size))
         sim_broken(1, "stream %d: %zu bytes are shown, %llu are there", conn->number, bytes.size,
                    (unsigned long long)model_available(conn));
 }
@@ -249,7 +281,7 @@ static int write_call(model_conn *conn, tcpsrv_stream *stream, world_write kind,
 /* Nothing was queued, unless the stream died in it. */
 static void write_refused(model_conn *conn, int err, uint64_t before, size_t size, int was_dead) {
     if (err == 1) return; /* no file */
-    if (err == TCPSRV_EBUFFULL && before - conn->link->dir[conn->side].sent + size <=
+    if (err == TCPSRV_EBUFFULL && before - sim_sent(&conn->link->dir[conn->side]) + size <=
                                       conn->max_write)
         sim_broken(4, "stream %d: %zu bytes found no room", conn->number, size);
     if (err != TCPSRV_EBUFFULL) model_check_code(conn, err, "write");
@@ -257,7 +289,7 @@ static void write_refused(model_conn *conn, int err, uint64_t before, size_t siz
         conn->torn = 1;
         return;
     }
-    if (conn->out_pos != before + size || conn->link->dir[conn->side].sent > before)
+    if (conn->out_pos != before + size || sim_sent(&conn->link->dir[conn->side]) > before)
         sim_broken(1, "stream %d: a refused write has left bytes", conn->number);
     conn->out_pos = before;
 }
@@ -382,10 +414,66 @@ static void conn_shutdown(model_conn *conn, tcpsrv_stream *stream) {
     int err;
     if (conn->writing) return; /* the writer is told; its message would be torn */
     err = tcpsrv_shutdown(stream);
+    if (conn->secure && err == -ENOTSUP) return; /* TLS knows no half-closed connection */
     SIM_TRACE("stream %d: shutdown = %d", conn->number, err);
     if (!err) conn->shut = 1;
     else model_check_code(conn, err, "shutdown");
 }
+
+#ifdef TCPSERVER_TLS
+/* What start_tls must say; 1: whatever the stream has died of. */
+static int conn_upgrade_code(const model_conn *conn, const tcpsrv_stream *stream, int fit) {
+    if (conn->closing) return TCPSRV_ECLOSED;
+    if (!model_is_open(conn)) return 1;
+    if (conn->reading || !conn->bound || conn->object->connecting || model_handshakes(conn))
+        return TCPSRV_EBUSY;
+    if (conn->secure) return -EALREADY;
+    if (conn->object->kind != SIM_SOCKET) return -ENOTSOCK;
+    if (conn->shut) return TCPSRV_ECLOSED;
+    if (conn->object->told_end) return TCPSRV_EOF;
+    if (tcpsrv__queue_memory(&stream->out) != stream->out.size) return TCPSRV_EBUSY;
+    if (model_available(conn)) return TCPSRV_ETLS_BUFFERED;
+    return fit ? 0 : TCPSRV_ETLS;
+}
+
+static void conn_upgrade(model_conn *conn, tcpsrv_stream *stream) {
+    int client = conn->client, fit = !sim_chance(12);
+    tcpsrv_tls *tls = client == fit ? secure.client : secure.server;
+    int must = conn_upgrade_code(conn, stream, fit || client), err;
+    if (conn->lost) return;
+    err = tcpsrv_start_tls(stream, tls, client && !fit ? NULL : "localhost");
+    SIM_TRACE("stream %d: start_tls = %d", conn->number, err);
+    if (client && !fit && must == 0) must = TCPSRV_ETLS;
+    if (!err && must)
+        sim_broken(2, "stream %d: start_tls was not refused (%d)", conn->number, must);
+    if (!err && client) conn->handshake_ms = 10000;
+    if (!err) model_secure_begin(conn, conn->in_pos, conn->out_pos);
+    else if (must == 1) model_check_code(conn, err, "start_tls");
+    else if (err != must && !sim.alloc_failed && !(!must && sim_noted(sim.injected, -err)))
+        sim_broken(2, "stream %d: start_tls = %d, expected %d", conn->number, err, must);
+}
+
+static void conn_ask_tls(const model_conn *conn, const tcpsrv_stream *stream) {
+    const sim_peer *peer = conn->link->end[!conn->side].peer;
+    const struct sim_secure *end = peer && !conn->client ? peer->secure : NULL;
+    tcpsrv_tls_info info;
+    int err = tcpsrv_get_tls_info(stream, &info);
+    if (!conn->secure || !conn->bound || model_handshakes(conn)) {
+        if (err != -ENOTCONN) sim_broken(2, "stream %d: tls_info = %d", conn->number, err);
+    } else if (!err && end && (strcmp(info.server_name, end->name ? end->name : "") != 0 ||
+                               (end->done && info.resumed == !!end->shown.count))) {
+        sim_broken(2, "stream %d: another client is told of", conn->number);
+    }
+}
+#else
+static void conn_upgrade(model_conn *conn, tcpsrv_stream *stream) {
+    (void)conn, (void)stream;
+}
+
+static void conn_ask_tls(const model_conn *conn, const tcpsrv_stream *stream) {
+    (void)conn, (void)stream;
+}
+#endif
 
 /* Questions. */
 static void conn_ask(const model_conn *conn, tcpsrv_stream *stream) {
@@ -395,6 +483,7 @@ static void conn_ask(const model_conn *conn, tcpsrv_stream *stream) {
     if (err && !*tcpsrv_last_error()) sim_broken(7, "a failure left no words");
     if (tcpsrv_peer(stream, &address) == 0) tcpsrv_address_text(&address, text, sizeof text);
     tcpsrv_set_nodelay(stream, (int)sim_below(2));
+    conn_ask_tls(conn, stream);
     if (tcpsrv_user(stream) != conn) sim_broken(2, "a stream's user is another");
     if (tcpsrv_stream_loop(stream) != world.loop) sim_broken(2, "a stream's loop is another");
     if (!conn->closing && !conn->outside && conn->reading != tcpsrv_reading(stream))
@@ -414,6 +503,13 @@ static void conn_poke(model_conn *conn, tcpsrv_stream *stream) {
     case 7: case 8: conn_refused_read(conn, stream); break;
     case 9: case 10: conn_peek(conn, stream); break;
     case 11: conn_ask(conn, stream); break;
+    case 12:
+        if (world.secure && sim_chance(6)) {
+            conn_upgrade(conn, stream);
+            break;
+        }
+        conn_write(conn, stream, sim_size(world.write_most), 0);
+        break;
     default: conn_write(conn, stream, sim_size(world.write_most), 0); break;
     }
 }
@@ -453,6 +549,8 @@ static void callback_read(model_conn *conn, tcpsrv_stream *stream) {
 
 static void callback_step(model_conn *conn, tcpsrv_stream *stream) {
     size_t n = sim_below(4);
+    if (conn_may_upgrade(conn) && conn->in_pos == conn->link->upgrade_at && sim_chance(2))
+        conn_upgrade(conn, stream);
     while (n-- && !conn->closing) conn_poke(conn, stream);
     if (conn->closing) return;
     if (sim_chance(30)) conn_close(conn, stream);
@@ -519,7 +617,7 @@ static int handler_flush(model_conn *conn, tcpsrv_stream *stream) {
     if (!conn->bound) model_bind_all();
     sim_moved();
     if (err) model_check_code(conn, err, "flush");
-    else if (conn->link->dir[conn->side].sent < queued_to)
+    else if (sim_sent(&conn->link->dir[conn->side]) < queued_to)
         sim_broken(1, "stream %d: a flush returned before all was out", conn->number);
     return err;
 }
@@ -534,6 +632,8 @@ static int world_sleep(size_t ms) {
 }
 
 static int handler_step(model_conn *conn, tcpsrv_stream *stream) {
+    if (conn_may_upgrade(conn) && conn->in_pos == conn->link->upgrade_at && sim_chance(2))
+        conn_upgrade(conn, stream);
     switch (sim_below(12)) {
     case 0: return world_sleep(sim_size(60));
     case 1: sim_moved(); return tcpsrv_yield();
@@ -598,11 +698,27 @@ static int world_handler(tcpsrv_stream *stream, const tcpsrv_address *peer, void
 
 /* ---- connections of our own ------------------------------------------------------------------ */
 
+/* Whether a client speaks TLS; mostly where somebody else does. */
+static int client_secure(tcpsrv_connect_options *options) {
+#ifdef TCPSERVER_TLS
+    int wanted = options->port == WORLD_PORT ? secure.serves != NULL : options->port > 9000;
+    if (!world.secure || wanted == sim_chance(12)) return 0;
+    options->tls = secure.client;
+    if (sim_chance(12)) options->tls_name = "wrong.sim";
+    if (options->tls_name) sim.wrong_names = 1;
+    return 1;
+#else
+    (void)options;
+    return 0;
+#endif
+}
+
 static model_conn *client_new(tcpsrv_connect_options *options, int coroutine) {
     static const char *const hosts[] = { "127.0.0.1", "127.0.0.1", "127.0.0.1", "::1", "race.sim",
                                          "race.sim", "localhost", "nowhere.sim" };
     tcpsrv_stream *stream;
     model_conn *conn;
+    int secured;
     memset(options, 0, sizeof *options);
     options->host = hosts[sim_below(8)];
     options->port = sim_chance(2) ? WORLD_PORT : 9000 + (int)sim_below(3);
@@ -610,6 +726,7 @@ static model_conn *client_new(tcpsrv_connect_options *options, int coroutine) {
     options->max_buffer_size = world.options.max_buffer_size;
     options->max_write_buffer_size = world.options.max_write_buffer_size;
     options->write_high_water = world.options.write_high_water;
+    secured = client_secure(options);
     stream = tcpsrv_connect(world.loop, options);
     if (!stream && tcpsrv__thread()->error == -EINTR)
         sim_broken(2, "an interrupted connect has failed");
@@ -620,6 +737,9 @@ static model_conn *client_new(tcpsrv_connect_options *options, int coroutine) {
     conn->close_ms = 5000;
     conn->idle_ms = 0;
     conn->connect_ms = options->timeout_ms;
+    conn->handshake_ms = options->timeout_ms ? 0 : 10000;
+    conn->secure = secured;
+    conn->wrong_name = secured && options->tls_name != NULL;
     return conn;
 }
 
@@ -950,6 +1070,19 @@ static void world_drain_on_signal(void) {
     model.signalled = 1;
 }
 
+/* New connections speak TLS from now on, or other TLS, or none. */
+static void world_swap_tls(void) {
+#ifdef TCPSERVER_TLS
+    tcpsrv_tls *kinds[3];
+    kinds[0] = NULL;
+    kinds[1] = secure.server;
+    kinds[2] = secure.strict;
+    secure.serves = kinds[sim_below(3)];
+    SIM_TRACE("the server's TLS is another");
+    if (tcpsrv_set_tls(world.server, secure.serves) != 0) sim_broken(2, "set_tls failed");
+#endif
+}
+
 static void world_server_step(void) {
     if (!world.server || world.server_freed) return;
     switch (sim_below(8)) {
@@ -966,6 +1099,10 @@ static void world_server_step(void) {
         else world_drain_on_signal();
         break;
     case 5: world_listen_unix(); break;
+    case 6:
+        if (world.secure && sim_chance(3)) world_swap_tls();
+        else world_peer();
+        break;
     default: world_peer(); break;
     }
 }
@@ -1037,6 +1174,21 @@ static size_t world_limit(size_t most) {
     return sim_chance(2) ? 0 : 1 + sim_size(most);
 }
 
+/* The run's TLS: its server has it or not. */
+static void world_secure_options(tcpsrv_options *options) {
+#ifdef TCPSERVER_TLS
+    world.secure = 1;
+    secure.scripted = 0;
+    secure.serves = sim_chance(4) ? NULL : sim_chance(4) ? secure.strict : secure.server;
+    options->tls = secure.serves;
+    options->handshake_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(1500) : 0);
+    secure_remember(secure.server);
+    secure_remember(secure.strict);
+#else
+    (void)options;
+#endif
+}
+
 static void world_options(tcpsrv_options *options) {
     memset(options, 0, sizeof *options);
     options->loop = world.loop;
@@ -1055,6 +1207,7 @@ static void world_options(tcpsrv_options *options) {
     options->memory_limit = sim_chance(8) ? 500 + sim_size(100000) : 0;
     model.memory_limit = options->memory_limit;
     options->max_connections_per_ip = sim_chance(6) ? 1 + sim_below(3) : 0;
+    world_secure_options(options);
     if (!sim_chance(6)) return;
     options->proxy_protocol = sim_chance(2) ? TCPSRV_PROXY_REQUIRED : TCPSRV_PROXY_OPTIONAL;
     options->trusted = "127.0.0.0/8, ::1, unix";
@@ -1082,6 +1235,7 @@ static void world_loop_free(void) {
     for (i = 0; i < model.count; i++) conn_closing(&model.conns[i]);
     if (tcpsrv_loop_free(world.loop) != 0) sim_broken(2, "a loop is not freed");
     world.loop = NULL;
+    sim.loop = NULL;
 }
 
 /* A straight main: its calls run the thread's own loop until they are done. */
@@ -1106,10 +1260,19 @@ static void world_poll(void) {
     }
 }
 
+static void world_secure_end(void) {
+#ifdef TCPSERVER_TLS
+    secure_forget(secure.server);
+    secure_forget(secure.strict);
+    secure_forget(secure.client);
+#endif
+}
+
 /* One run of what begins, with whatever sim.run asks for. */
 static void world_run(void (*begin)(void)) {
     int i, own = begin == world_begin && sim_chance(6);
     world.loop = own ? tcpsrv_loop_default() : tcpsrv_loop_new();
+    sim.loop = world.loop;
     if (world.loop) {
         begin();
         if (own) world_outside();
@@ -1124,6 +1287,7 @@ static void world_run(void (*begin)(void)) {
     sim_threads_run(1);
     for (i = 0; i < 65; i++)
         if (sim_handlers[i]) sim_broken(8, "the handler of signal %d was left", i);
+    world_secure_end();
     model_check_end();
 }
 
@@ -1138,6 +1302,7 @@ static void sim_reset(uint64_t seed, const struct sim_options_of_run *run) {
     model.count = model.draining = model.ending = model.coroutines = model.turns = model.full = 0;
     model.signalled = 0;
     model.memory_limit = 0;
+    sim_wires_forget();
     sim_link_count = sim_peer_count = 0;
     world_parked = 0;
     sim.seed = seed;
@@ -1174,6 +1339,9 @@ static void world_prepare(void) {
     if (regcomp(&world_regex[0], "\r?\n", REG_EXTENDED) != 0 ||
         regcomp(&world_regex[1], "[aeiou]{3}", REG_EXTENDED) != 0)
         abort();
+#ifdef TCPSERVER_TLS
+    secure_prepare();
+#endif
 }
 
 #endif
