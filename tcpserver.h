@@ -1027,7 +1027,8 @@ typedef int tcpsrv__iovlen;
 
 #if defined(__GNUC__)
 #define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
-#define TCPSRV__INLINE static inline __attribute__((always_inline)) /* on every message's path */
+#define TCPSRV__INLINE static inline __attribute__((always_inline)) /* on every message's path, */
+                       /* or shorter than a function of its own with its calls */
 #define TCPSRV__NOINLINE __attribute__((noinline))
 #define TCPSRV__UNUSED __attribute__((unused))
 #define TCPSRV__COLD __attribute__((cold)) /* made small; so is what only such functions call */
@@ -2010,7 +2011,7 @@ static int tcpsrv__sys_option(int fd, int level, int option, int value) {
 #define TCPSRV__BIND_NO_PORT (-1)
 #endif
 
-static int tcpsrv__sys_bind(int fd, const struct sockaddr *name, socklen_t size) {
+TCPSRV__INLINE int tcpsrv__sys_bind(int fd, const struct sockaddr *name, socklen_t size) {
     return tcpsrv__sys_result(bind(fd, name, size));
 }
 
@@ -2031,7 +2032,7 @@ static int tcpsrv__socket_error(int fd) {
     return -err;
 }
 
-static int tcpsrv__sys_lstat(const char *path, struct stat *status) {
+TCPSRV__INLINE int tcpsrv__sys_lstat(const char *path, struct stat *status) {
     return tcpsrv__sys_result(lstat(path, status));
 }
 
@@ -2040,7 +2041,7 @@ static int tcpsrv__sys_chmod(const char *path, unsigned mode) {
 }
 
 /* A file, or an empty directory. */
-static int tcpsrv__sys_remove(const char *path) {
+TCPSRV__INLINE int tcpsrv__sys_remove(const char *path) {
     return tcpsrv__sys_result(remove(path));
 }
 
@@ -2157,12 +2158,14 @@ static void tcpsrv__sys_hold_signals(const int *signals, int count, int hold) {
     pthread_sigmask(hold ? SIG_BLOCK : SIG_UNBLOCK, &set, NULL);
 }
 
-static void tcpsrv__sys_ignore_signal(int signo) {
+/* Those that a terminal sends to all. */
+static void tcpsrv__sys_ignore_signals(int hangup) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
     sigemptyset(&action.sa_mask);
     action.sa_handler = SIG_IGN;
-    sigaction(signo, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    if (hangup) sigaction(SIGHUP, &action, NULL);
 }
 
 /* Whether nobody handles or ignores it. */
@@ -3645,7 +3648,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_default(void) {
 }
 
 /* What calls without a loop mean: the one that turns, or the thread's own. */
-static TCPSRV__APART tcpsrv_loop *tcpsrv__loop_here(void) {
+TCPSRV__INLINE tcpsrv_loop *tcpsrv__loop_here(void) {
     tcpsrv_loop *turning = tcpsrv__thread()->turning;
     return turning ? turning : tcpsrv_loop_default();
 }
@@ -4899,8 +4902,9 @@ static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
    armed for the first of them, and when it rings too early it is armed again: no heap operation for
    each message. */
 
+/* 0 is none, and comes last. */
 static uint64_t tcpsrv__earlier(uint64_t a, uint64_t b) {
-    return b && (!a || b < a) ? b : a;
+    return b - 1 < a - 1 ? b : a;
 }
 
 /* An orderly close has a deadline of its own. */
@@ -5962,7 +5966,7 @@ TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     return 0;
 }
 
-TCPSRV_HOT void tcpsrv_close(tcpsrv_stream *stream) {
+TCPSRV_IMPL void tcpsrv_close(tcpsrv_stream *stream) {
     if (stream->closing) return;
     tcpsrv__uncork(stream);
     stream->closing = 1;
@@ -6736,7 +6740,7 @@ static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
     if (!work->err) work->block->end = (size_t)n;
 }
 
-TCPSRV_HOT int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
+TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__format work;
     work.loop = stream->source.loop;
@@ -6802,7 +6806,7 @@ static TCPSRV__COLD void tcpsrv__flush_cancel(tcpsrv__waiter *waiter) {
     tcpsrv__die(stream, TCPSRV_ECANCELED);
 }
 
-TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
+TCPSRV_IMPL int tcpsrv_flush(tcpsrv_stream *stream) {
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
@@ -6819,11 +6823,15 @@ TCPSRV_HOT int tcpsrv_flush(tcpsrv_stream *stream) {
 /* ---- the end of a loop ----------------------------------------------------------------------- */
 
 /* Coroutines unwind first, while what they wait for still exists; then everything else. */
-static void tcpsrv__drop_all(tcpsrv_loop *loop, const tcpsrv__class *first) {
-    uint32_t i;
-    for (i = 1; i < loop->slot_count; i++) {
-        tcpsrv__source *source = loop->slots[i].source;
-        if (source && (!first || source->type == first)) source->type->drop(source);
+static void tcpsrv__drop_all(tcpsrv_loop *loop) {
+    int others;
+    for (others = 0; others < 2; others++) {
+        uint32_t i;
+        for (i = 1; i < loop->slot_count; i++) {
+            tcpsrv__source *source = loop->slots[i].source;
+            if (source && (others || source->type == tcpsrv__coroutine_class))
+                source->type->drop(source);
+        }
     }
 }
 
@@ -6867,8 +6875,7 @@ TCPSRV_IMPL int tcpsrv_loop_free(tcpsrv_loop *loop) {
     if (!loop) return 0;
     loop->ending = 1;
     thread->turning = loop;
-    tcpsrv__drop_all(loop, tcpsrv__coroutine_class);
-    tcpsrv__drop_all(loop, NULL);
+    tcpsrv__drop_all(loop);
     tcpsrv__drop_ready(loop);
     thread->turning = NULL;
     if (thread->default_loop == loop) thread->default_loop = NULL;
@@ -12296,8 +12303,7 @@ static TCPSRV__COLD void tcpsrv__child_begin(tcpsrv__family *family, int task_id
     memcpy(signals, family->signals, sizeof signals);
     tcpsrv__family_restore(family);
     if (family->successor.words_fd >= 0) tcpsrv__sys_close(family->successor.words_fd);
-    tcpsrv__sys_ignore_signal(SIGINT);
-    if (TCPSRV__LOAD(&tcpsrv__reload_wanted)) tcpsrv__sys_ignore_signal(SIGHUP);
+    tcpsrv__sys_ignore_signals(TCPSRV__LOAD(&tcpsrv__reload_wanted));
     tcpsrv__lifeline = family->lifeline[0];
     tcpsrv__ready_fd = ready_fd;
     tcpsrv__own_task_id = task_id;
