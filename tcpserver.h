@@ -3870,6 +3870,11 @@ TCPSRV__INLINE void tcpsrv__co_leave(tcpsrv__co *co) {
     TCPSRV__ASAN_ENTER(co->fake, &pool->main_bottom, &pool->main_size);
 }
 
+/* Where it is seldom done. */
+static TCPSRV__APART void tcpsrv__co_leave_rarely(tcpsrv__co *co) {
+    tcpsrv__co_leave(co);
+}
+
 static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context *to) {
     tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, context, to);
     (void)from;
@@ -3877,7 +3882,7 @@ static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context 
                        &co->source.loop->stacks->main_size);
     co->result = co->fn(co->arg);
     co->ended = 1;
-    for (;;) tcpsrv__co_leave(co); /* nobody resumes a coroutine that has ended */
+    for (;;) tcpsrv__co_leave_rarely(co); /* nobody resumes a coroutine that has ended */
 }
 
 /* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
@@ -4025,7 +4030,7 @@ static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
     }
     loop->stacks->errand = fn;
     loop->stacks->errand_arg = arg;
-    tcpsrv__co_leave(loop->current);
+    tcpsrv__co_leave_rarely(loop->current);
 }
 
 /* ---- waiting --------------------------------------------------------------------------------- */
@@ -4047,7 +4052,7 @@ TCPSRV__INLINE void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
 static int tcpsrv__may_wait(tcpsrv_loop *loop) {
     tcpsrv__co *co = loop->current;
     if (co && loop->ending) {
-        if (++co->ending_calls > TCPSRV__ENDING_CALLS) tcpsrv__co_leave(co);
+        if (++co->ending_calls > TCPSRV__ENDING_CALLS) tcpsrv__co_leave_rarely(co);
         return TCPSRV_ECANCELED;
     }
     if (co) return 0;
@@ -4149,7 +4154,7 @@ TCPSRV_HOT void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
 
 static void tcpsrv__co_yield(tcpsrv__co *co) {
     tcpsrv__make_ready(&co->source);
-    tcpsrv__co_leave(co);
+    tcpsrv__co_leave_rarely(co);
 }
 
 /* Whether a wake came before the park. */
@@ -5778,19 +5783,22 @@ static TCPSRV__COLD int tcpsrv__write_deadline(tcpsrv_stream *stream) {
     return tcpsrv__alarm_arm(stream);
 }
 
+/* There will be output, or what comes after it. */
+static TCPSRV__NOINLINE int tcpsrv__output_begin(tcpsrv_stream *stream) {
+    tcpsrv__make_flushing(&stream->source);
+    return stream->extra ? tcpsrv__write_deadline(stream) : 0;
+}
+
 /* A copy into the queue; all or nothing. */
 static int tcpsrv__output_append(tcpsrv_stream *stream, const void *data, size_t size) {
-    int err = stream->extra ? tcpsrv__write_deadline(stream) : 0;
-    if (!err) err = tcpsrv__queue_append(stream->source.loop, &stream->out, data, size);
-    if (!err) tcpsrv__make_flushing(&stream->source);
-    return err;
+    int err = tcpsrv__output_begin(stream);
+    return err ? err : tcpsrv__queue_append(stream->source.loop, &stream->out, data, size);
 }
 
 /* A block that is not copied. */
 static int tcpsrv__output_push(tcpsrv_stream *stream, tcpsrv__block *block) {
-    int err = stream->extra ? tcpsrv__write_deadline(stream) : 0;
+    int err = tcpsrv__output_begin(stream);
     if (!err) tcpsrv__queue_push(&stream->out, block);
-    if (!err) tcpsrv__make_flushing(&stream->source);
     return err;
 }
 
@@ -5830,17 +5838,20 @@ static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *str
     wait->stream = stream;
 }
 
-/* Queues a block that the caller's stack holds, and waits until it is out. The stream may be gone
-   when this returns. */
+/* Queues a block that the caller's stack holds, and sends what goes now. 1: that is all of it, or
+   it has failed. */
+static TCPSRV__COLD int tcpsrv__write_at_once(tcpsrv__write_wait *wait) {
+    wait->waiter.result = tcpsrv__output_push(wait->stream, &wait->block);
+    if (wait->waiter.result) return 1;
+    tcpsrv__output_step(wait->stream);
+    return wait->waiter.done;
+}
+
+/* The stream may be gone when this returns. */
 static TCPSRV__COLD int tcpsrv__write_waiting(tcpsrv__write_wait *wait) {
-    tcpsrv_stream *stream = wait->stream;
-    int err;
-    stream->held = 1;
-    err = tcpsrv__output_push(stream, &wait->block);
-    if (err) return err;
-    tcpsrv__output_step(stream);
-    if (wait->waiter.done) return wait->waiter.result;
-    return tcpsrv__wait(stream->source.loop, &wait->waiter);
+    wait->stream->held = 1;
+    if (tcpsrv__write_at_once(wait)) return wait->waiter.result;
+    return tcpsrv__wait(wait->stream->source.loop, &wait->waiter);
 }
 
 /* Too much to gather: sends from the caller's memory what goes now, and copies the rest. */
@@ -5852,10 +5863,7 @@ static TCPSRV__COLD int tcpsrv__write_large(tcpsrv_stream *stream, const void *d
     size_t sent;
     int err;
     tcpsrv__write_wait_init(&wait, stream, data, size);
-    err = tcpsrv__output_push(stream, &wait.block);
-    if (err) return err;
-    tcpsrv__output_step(stream);
-    if (wait.waiter.done) return wait.waiter.result;
+    if (tcpsrv__write_at_once(&wait)) return wait.waiter.result;
     sent = wait.block.begin;
     for (before = out->last; before->next != &wait.block;) before = before->next;
     before->next = wait.block.next;
@@ -5939,10 +5947,10 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
     call->arg = arg;
     if (stream->dead) {
         tcpsrv__flush_call_done(&call->block, tcpsrv__why_dead(stream));
-    } else {
-        tcpsrv__queue_push(&stream->out, &call->block);
-        tcpsrv__make_flushing(&stream->source);
+        return 0;
     }
+    tcpsrv__queue_push(&stream->out, &call->block);
+    tcpsrv__make_flushing(&stream->source);
     return 0;
 }
 
@@ -6694,21 +6702,20 @@ TCPSRV_FAST int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t siz
 /* All pieces as one message: copied together, so that no other writer comes between. */
 TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count) {
     tcpsrv_loop *loop = stream->source.loop;
-    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__block *block;
     size_t size = 0;
     int i, err;
     tcpsrv__uncork_it(stream);
     for (i = 0; i < count; i++) size += pieces[i].size;
     block = tcpsrv__block_take(loop, size);
-    if (!block) return tcpsrv__fail_there(-ENOMEM, "write", &place);
+    if (!block) return tcpsrv__fail_at(-ENOMEM, "write", stream);
     for (i = 0; i < count; i++) {
         if (pieces[i].size) memcpy(block->data + block->end, pieces[i].data, pieces[i].size);
         block->end += pieces[i].size;
     }
-    err = tcpsrv__write(stream, block->data, size);
+    err = tcpsrv__write_named(stream, block->data, size);
     tcpsrv__block_return(loop, block);
-    return err ? tcpsrv__fail_there(err, "write", &place) : 0;
+    return err;
 }
 
 typedef struct tcpsrv__format {
@@ -6741,7 +6748,6 @@ static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
 }
 
 TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
-    tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__format work;
     work.loop = stream->source.loop;
     work.format = format;
@@ -6749,9 +6755,10 @@ TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     tcpsrv__on_loop_stack(work.loop, tcpsrv__format_errand, &work);
     va_end(work.arguments);
     tcpsrv__uncork_it(stream);
-    if (!work.err) work.err = tcpsrv__write(stream, work.block->data, work.block->end);
+    if (work.err) tcpsrv__fail_at(work.err, "write", stream);
+    else work.err = tcpsrv__write_named(stream, work.block->data, work.block->end);
     if (work.block) tcpsrv__block_return(work.loop, work.block);
-    return work.err ? tcpsrv__fail_there(work.err, "write", &place) : 0;
+    return work.err;
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
