@@ -85,7 +85,7 @@ static int scenario_on_stream(tcpsrv_stream *stream, const tcpsrv_address *peer,
     model_conn *conn = conn_new(stream, 0);
     (void)peer, (void)user;
     conn_on_close(conn, stream);
-    conn_timeouts(conn, stream);
+    if (!conn->secure) conn_timeouts(conn, stream); /* handshakes need their time */
     scenario_ask(conn, stream);
     return 0;
 }
@@ -121,6 +121,30 @@ static int scenario_sleeper(tcpsrv_stream *stream, const tcpsrv_address *peer, v
     return err;
 }
 
+#ifdef TCPSERVER_TLS
+static void scenario_secure_client(tcpsrv_connect_options *options) {
+    if (secure.script == SECURE_AT_ONCE) options->tls = secure.client;
+}
+
+static int scenario_start_tls(model_conn *conn, tcpsrv_stream *stream, tcpsrv_tls *tls);
+
+static int scenario_client_upgrade(model_conn *conn, tcpsrv_stream *stream) {
+    int err;
+    if (secure.script != SECURE_LATER) return 0;
+    err = scenario_read(conn, stream, tcpsrv_exactly(20), WANT_EXACTLY, 20);
+    return err ? err : scenario_start_tls(conn, stream, secure.client);
+}
+#else
+static void scenario_secure_client(tcpsrv_connect_options *options) {
+    (void)options;
+}
+
+static int scenario_client_upgrade(model_conn *conn, tcpsrv_stream *stream) {
+    (void)conn, (void)stream;
+    return 0;
+}
+#endif
+
 static int scenario_client(void *arg) {
     tcpsrv_connect_options options;
     tcpsrv_stream *stream;
@@ -130,9 +154,11 @@ static int scenario_client(void *arg) {
     options.host = (const char *)arg;
     options.port = 9000;
     options.timeout_ms = 2500;
+    scenario_secure_client(&options);
     stream = tcpsrv_connect(world.loop, &options);
     if (!stream) return 0;
     conn = conn_new(stream, 1);
+    conn->secure = options.tls != NULL;
     conn->client = 1;
     conn->connect_ms = options.timeout_ms;
     conn->max_buffer = conn->max_write = 1 << 20;
@@ -141,6 +167,7 @@ static int scenario_client(void *arg) {
     model.coroutines++;
     conn_on_close(conn, stream);
     err = conn_write(conn, stream, 100, 1);
+    if (!err) err = scenario_client_upgrade(conn, stream);
     if (!err) err = scenario_read(conn, stream, tcpsrv_until("\n", 0), WANT_UNTIL, 0);
     if (!err) err = conn_write(conn, stream, 100, 1);
     if (!err) err = handler_flush(conn, stream);
@@ -160,6 +187,37 @@ static int scenario_large(tcpsrv_stream *stream, const tcpsrv_address *peer, voi
     conn_close(conn, stream);
     return 0;
 }
+
+#ifdef TCPSERVER_TLS
+static int scenario_start_tls(model_conn *conn, tcpsrv_stream *stream, tcpsrv_tls *tls) {
+    int err;
+    if (conn->closing) return TCPSRV_ECLOSED;
+    err = tcpsrv_start_tls(stream, tls, "localhost");
+    SIM_TRACE("stream %d: start_tls = %d", conn->number, err);
+    if (err && err != TCPSRV_ETLS_BUFFERED) model_check_code(conn, err, "start_tls");
+    if (!err) model_secure_begin(conn, conn->in_pos, conn->out_pos);
+    return err;
+}
+
+/* Goes on in TLS half-way, when the peer has said 20 bytes, and was answered. */
+static int scenario_upgrade(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    model_conn *conn = conn_new(stream, 1);
+    int err, i;
+    (void)peer, (void)user;
+    model.coroutines++;
+    conn_on_close(conn, stream);
+    err = scenario_read(conn, stream, tcpsrv_exactly(20), WANT_EXACTLY, 20);
+    if (!err) err = conn_write(conn, stream, 60, 1);
+    if (!err) err = scenario_start_tls(conn, stream, secure.server);
+    for (i = 0; i < 10 && !err; i++) {
+        err = scenario_read(conn, stream, tcpsrv_some(0), WANT_SOME, 0);
+        if (!err) err = conn_write(conn, stream, 60, 1);
+    }
+    conn_closing(conn);
+    model.coroutines--;
+    return err;
+}
+#endif
 
 /* ---- scenarios ------------------------------------------------------------------------------- */
 
@@ -262,23 +320,105 @@ static void scenario_begin_free(void) {
     tcpsrv_call_later(world.loop, 30, world_on_end, NULL);
 }
 
+#ifdef TCPSERVER_TLS
+static void scenario_secure(secure_script script) {
+    secure.script = script;
+    sim_least_room = 150;
+    if (script == SECURE_AT_ONCE) world.options.tls = secure.server;
+    secure_remember(secure.server);
+}
+
+static void scenario_begin_tls_echo(void) {
+    scenario_serve(scenario_echo, NULL);
+    scenario_secure(SECURE_AT_ONCE);
+    scenario_listen();
+    scenario_peer(200, PEER_HALF_CLOSES);
+    scenario_peer(100, PEER_WAITS);
+}
+
+static void scenario_begin_tls_callbacks(void) {
+    scenario_serve(NULL, scenario_on_stream);
+    scenario_secure(SECURE_AT_ONCE);
+    world.options.idle_timeout_ms = 1000;
+    scenario_listen();
+    scenario_peer(200, PEER_HALF_CLOSES);
+    scenario_peer(80, PEER_HANGS);
+}
+
+/* Of little room, so that records and the end go out in parts. */
+static void scenario_begin_tls_close(void) {
+    scenario_serve(scenario_close, NULL);
+    scenario_secure(SECURE_AT_ONCE);
+    sim_least_room = 20;
+    world.options.write_high_water = 800;
+    scenario_listen();
+    scenario_peer(100, PEER_WAITS)->read_pause = SIM_MS(2);
+    scenario_peer(2000, PEER_HANGS)->send_pause = SIM_MS(30);
+}
+
+static void scenario_begin_start_tls(void) {
+    scenario_serve(scenario_upgrade, NULL);
+    scenario_secure(SECURE_LATER);
+    scenario_listen();
+    scenario_peer(200, PEER_HALF_CLOSES);
+    scenario_peer(100, PEER_WAITS);
+}
+
+static void scenario_begin_tls_connect(void) {
+    secure.script = SECURE_AT_ONCE;
+    sim_least_room = 100;
+    scenario_begin_connect();
+}
+
+static void scenario_begin_start_tls_client(void) {
+    secure.script = SECURE_LATER;
+    sim_least_room = 100;
+    scenario_begin_connect();
+}
+
+static void scenario_begin_tls_drain(void) {
+    scenario_serve(scenario_sleeper, NULL);
+    scenario_secure(SECURE_AT_ONCE);
+    scenario_listen();
+    scenario_peer(200, PEER_WAITS);
+    scenario_peer(0, PEER_WAITS);
+    tcpsrv_call_later(world.loop, 30, scenario_drain, NULL);
+}
+#endif
+
+#ifdef TCPSERVER_TLS
+enum { SIM_SECURE = 1 };
+#else
+enum { SIM_SECURE = 0 };
+#endif
+
 typedef struct scenario {
     const char *name;
     void (*begin)(void);
+    int secure;
 } scenario;
 
 static const scenario scenarios[] = {
-    { "echo", scenario_begin_echo },
-    { "callbacks", scenario_begin_callbacks },
-    { "close", scenario_begin_close },
-    { "large", scenario_begin_large },
-    { "limit", scenario_begin_limit },
-    { "descriptors", scenario_begin_descriptors },
-    { "connect", scenario_begin_connect },
-    { "race", scenario_begin_race },
-    { "drain", scenario_begin_drain },
-    { "free", scenario_begin_free },
-    { NULL, NULL }
+    { "echo", scenario_begin_echo, 0 },
+    { "callbacks", scenario_begin_callbacks, 0 },
+    { "close", scenario_begin_close, 0 },
+    { "large", scenario_begin_large, 0 },
+    { "limit", scenario_begin_limit, 0 },
+    { "descriptors", scenario_begin_descriptors, 0 },
+    { "connect", scenario_begin_connect, 0 },
+    { "race", scenario_begin_race, 0 },
+    { "drain", scenario_begin_drain, 0 },
+    { "free", scenario_begin_free, 0 },
+#ifdef TCPSERVER_TLS
+    { "tls echo", scenario_begin_tls_echo, 1 },
+    { "tls callbacks", scenario_begin_tls_callbacks, 1 },
+    { "tls close", scenario_begin_tls_close, 1 },
+    { "tls connect", scenario_begin_tls_connect, 1 },
+    { "tls drain", scenario_begin_tls_drain, 1 },
+    { "start_tls", scenario_begin_start_tls, 1 },
+    { "start_tls client", scenario_begin_start_tls_client, 1 },
+#endif
+    { NULL, NULL, 0 }
 };
 
 /* ---- all of them ----------------------------------------------------------------------------- */
@@ -295,6 +435,10 @@ static void scenario_run(const scenario *what, int n, int k,
     sim_peer_bytes = 1000;
     world.write_most = 300;
     sim_least_room = 0;
+#ifdef TCPSERVER_TLS
+    secure.script = SECURE_NEVER;
+    secure.serves = NULL;
+#endif
     world_run(what->begin);
 }
 
@@ -321,6 +465,7 @@ static int scenarios_run(void) {
     const scenario *what;
     int runs = 0;
     for (what = scenarios; what->name; what++) {
+        if (what->secure != SIM_SECURE) continue; /* the others are the plain program's */
         alarm(600);
         runs += scenario_all(what);
     }

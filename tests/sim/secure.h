@@ -22,6 +22,10 @@ typedef enum secure_fault {
     SECURE_FAULTS
 } secure_fault;
 
+typedef enum secure_script {
+    SECURE_BY_CHANCE, SECURE_NEVER, SECURE_AT_ONCE, SECURE_LATER /* as a scenario wants it */
+} secure_script;
+
 typedef struct secure_certificate { /* what a server has shown */
     const br_x509_class *vtable;
     size_t count, leaf_size;
@@ -86,7 +90,7 @@ static const char secure_b_pem[] =
 static struct secure_state {
     tcpsrv_tls *server, *strict, *client; /* strict: refuses names that it does not know */
     tcpsrv_tls *serves;             /* what the server begins a run with */
-    int scripted;                   /* a scenario says what its peers do */
+    secure_script script;           /* what peers do */
     br_x509_pkey key;
     unsigned char point[144];
 } secure;
@@ -279,12 +283,28 @@ static void peer_secure(sim_peer *peer, int client, int upgrades) {
     peer->secure = end;
 }
 
+/* Every second one with a handshake of its own. */
+static void secure_scripted(sim_peer *peer) {
+    struct sim_secure *end = &sim_secures[peer->number];
+    if (secure.script == SECURE_NEVER) return;
+    peer_secure(peer, peer->side == 0, secure.script == SECURE_LATER);
+    end->fault = SECURE_FINE;
+    end->notifies = 1;
+    end->resumes = peer->number % 2 == 0;
+    end->name = secure_names[1];
+    end->suite = secure_suites[0];
+    end->piece = 200;
+    if (end->upgrades) end->upgrade_at = peer->link->upgrade_at = 20;
+}
+
 /* At the beginning of a connection. Some speak no TLS where it is wanted. */
 static void secure_plan(sim_peer *peer) {
     static const char http[] = "GET / HTTP/1.1\r\n\r\n";
     int upgrades = peer->side == 0 ? !secure.serves : peer->link->port == 9000;
-    if (secure.scripted || peer->link->is_pipe) return;
-    if (upgrades) {
+    if (peer->link->is_pipe) return;
+    if (secure.script != SECURE_BY_CHANCE) {
+        secure_scripted(peer);
+    } else if (upgrades) {
         if (sim_chance(2)) peer_secure(peer, peer->side == 0, 1);
     } else if (!sim_chance(10)) {
         peer_secure(peer, peer->side == 0, 0);

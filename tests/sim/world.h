@@ -1178,7 +1178,7 @@ static size_t world_limit(size_t most) {
 static void world_secure_options(tcpsrv_options *options) {
 #ifdef TCPSERVER_TLS
     world.secure = 1;
-    secure.scripted = 0;
+    secure.script = SECURE_BY_CHANCE;
     secure.serves = sim_chance(4) ? NULL : sim_chance(4) ? secure.strict : secure.server;
     options->tls = secure.serves;
     options->handshake_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(1500) : 0);
