@@ -30,7 +30,8 @@ programs() {
     server-*) own="test_server test_operators" ;;
     esac
     case $1 in
-    process-* | tls-* | proxy-* | sockets-*) echo $own ;;
+    process-* | proxy-* | sockets-*) echo $own ;;
+    tls-*) echo sim_epoll_tls sim_poll_tls sim_epoll_tls:exhaustive $own ;;
     *) echo sim_epoll sim_poll $own sim_kqueue sim_epoll:exhaustive ;;
     esac
     for unit in $units; do case " $own " in *" $unit "*) ;; *) echo "$unit" ;; esac; done

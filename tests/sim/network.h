@@ -696,8 +696,8 @@ static int sim_broken_pipe(sim_object *object, int flags) {
     return sim_tell(object, EPIPE);
 }
 
-/* Each byte must be the one that the stream's writer wrote at this place; of encrypted ones that will
-   be seen where they are decrypted. */
+/* Each byte must be the one that the stream's writer wrote at this place; encrypted ones are
+   looked at where they are decrypted. */
 static void sim_put(sim_object *object, const struct iovec *pieces, size_t size) {
     sim_dir *out = sim_outgoing(object);
     if (!object->link->end[object->side].owner) model_bind(object->link, object->side);
