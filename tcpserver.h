@@ -10934,8 +10934,10 @@ static TCPSRV__COLD void tcpsrv__stream_gone(tcpsrv__owner *owner, tcpsrv_stream
     tcpsrv *server = tcpsrv__server_of(owner);
     tcpsrv_address peer;
     tcpsrv__count_closed(&owner->stats, stream->error);
-    tcpsrv_peer(stream, &peer);
-    if (stream->counted) tcpsrv__crowd_leave(&server->crowds, &peer);
+    if (stream->counted) {
+        tcpsrv_peer(stream, &peer);
+        tcpsrv__crowd_leave(&server->crowds, &peer);
+    }
     tcpsrv__stream_free(stream);
     if (server->at_limit && owner->stats.active < server->owner.options.max_connections) {
         server->at_limit = 0;
