@@ -8679,15 +8679,15 @@ static unsigned tcpsrv__engine_state(tcpsrv__engine *engine) {
 
 enum {
     TCPSRV__CIPHER_SIZE = 65536,    /* of one read */
-    TCPSRV__STEPS = 4               /* of handshakes in a turn, each 1 ms and more of computing */
+    TCPSRV__STEPS_NS = 1000000      /* in a turn a handshake takes no step after that */
 };
 
 /* What the connections of a loop share. */
 typedef struct tcpsrv__links {
     tcpsrv__records records;
     unsigned char *cipher;          /* what was just read */
-    uint64_t turn;
-    int steps;                      /* of handshakes in that turn */
+    uint64_t turn, spent_ns;        /* on handshakes in that turn */
+    size_t waiting;                 /* for their handshake's next step, on the ready list */
 } tcpsrv__links;
 
 typedef struct tcpsrv__link {
@@ -8699,6 +8699,7 @@ typedef struct tcpsrv__link {
     int end;                        /* why no more ciphertext will come; 0: more may */
     unsigned char dry, closing, shut;
     unsigned char deep, more;       /* why the stream is: the socket's nature; what is left here */
+    unsigned char waits, begun;     /* is one of those waiting; something of the peer's was taken */
 } tcpsrv__link;
 
 static tcpsrv__link *tcpsrv__link_of(const tcpsrv_stream *stream) {
@@ -8995,7 +8996,7 @@ static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
         if (engine->done) return 1; /* and perhaps at its end already */
         if (engine->ended) return TCPSRV_ETLS_TRUNCATED;
         if (tcpsrv__link_fill(link, &call)) {
-            link->links->steps += engine->started;
+            link->begun |= engine->started;
         } else if (link->end) {
             return link->end;
         } else {
@@ -9010,21 +9011,31 @@ static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
     return err;
 }
 
-/* While others take their turns those that are being set up share what is left of one. */
+/* A step computes for a millisecond or many: open streams come between them. Those that have begun
+   are ended first, or a crowd of newcomers would end with nobody served; the others go in the order
+   of the ready list, no matter what events tell of. */
 static TCPSRV__COLD int tcpsrv__link_may_step(tcpsrv_stream *stream) {
-    tcpsrv__links *links = tcpsrv__link_of(stream)->links;
-    if (links->turn != stream->source.loop->turn) links->steps = 0;
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    tcpsrv__links *links = link->links;
+    int is_next = link->waits ? !stream->source.is_ready : !links->waiting, may;
+    if (links->turn != stream->source.loop->turn) links->spent_ns = 0;
     links->turn = stream->source.loop->turn;
-    if (links->steps < TCPSRV__STEPS) return 1;
-    tcpsrv__make_ready(&stream->source);
-    return 0;
+    may = links->spent_ns < TCPSRV__STEPS_NS && (is_next || link->begun);
+    links->waiting -= link->waits;
+    link->waits = may ? 0 : 1;
+    links->waiting += link->waits;
+    if (!may) tcpsrv__make_ready(&stream->source);
+    return may;
 }
 
 static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
+    uint64_t begin;
     int result;
     if (!tcpsrv__link_may_step(stream)) return;
+    begin = tcpsrv__clock_ns();
     result = tcpsrv__link_handshake(stream);
+    link->links->spent_ns += tcpsrv__clock_ns() - begin;
     tcpsrv__engine_rest(link->engine);
     if (result < 0) tcpsrv__die(stream, result);
     if (result <= 0) return;
@@ -9038,6 +9049,7 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
 
 static TCPSRV__COLD void tcpsrv__link_release(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
+    link->links->waiting -= link->waits;
     if (link->held) tcpsrv__block_return(stream->source.loop, link->held);
     tcpsrv__engine_free(link->engine);
     tcpsrv__free(link);
