@@ -4,12 +4,19 @@
 # is a part. All speak TLS 1.2 with the same suite and key. ROUNDS (3) are interleaved, the best
 # counts.
 #
-#   BUILD=build sh tests/bench/tls.sh [ec|rsa]
+# With "latency": how long 50 open streams wait for answers, each asking 10 ms after the last one
+# came, while CROWD (30) clients make full handshakes as fast as they can; the servers have one core,
+# all clients another. Beside stunnel4 and the library with its rationing of handshakes taken out.
+# openssl s_server does not take part: it serves one connection at a time.
+#
+#   BUILD=build sh tests/bench/tls.sh [ec|rsa] [latency]
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(cd "${BUILD:-$root/build}" && pwd) || exit 1
 kind=${1:-ec}
+works=${2:-speed}
 rounds=${ROUNDS:-3}
+crowd=${CROWD:-30}
 seconds=2
 megabytes=256
 work=$(mktemp -d) || exit 1
@@ -33,6 +40,10 @@ listening() { # FILE: the port that a server of ours says
     sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' "$1"
 }
 
+wait_for() { # PIDS...: and for nothing else
+    [ $# -eq 0 ] || wait "$@" 2>/dev/null
+}
+
 free_port() { # one that nobody has now
     "$build/bench/ours_tls" 0 >"$work/probe" &
     probe=$!
@@ -42,10 +53,15 @@ free_port() { # one that nobody has now
 }
 
 cc=${CC:-cc}
+server_core= client_core=
+if [ "$works" = latency ] && command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
+    server_core='taskset -c 0' client_core='taskset -c 1'
+fi
 mkdir -p "$build/bench"
 $cc -O2 "$root/tests/bench/servers/ours_tls.c" -o "$build/bench/ours_tls" -lbearssl || exit
+$cc -O2 "$root/tests/bench/tls_latency.c" -o "$build/bench/tls_latency" -lbearssl || exit
 
-"$build/bench/ours_tls" 0 "$pem" "$key" >"$work/ours" 2>&1 &
+$server_core "$build/bench/ours_tls" 0 "$pem" "$key" >"$work/ours" 2>&1 &
 ours=$! pids="$pids $!"
 "$build/bench/ours_tls" 0 >"$work/behind" 2>&1 &
 pids="$pids $!"
@@ -70,9 +86,11 @@ accept = 127.0.0.1:$stunnel_port
 connect = 127.0.0.1:$behind_port
 cert = $work/both.pem
 END
-stunnel4 "$work/stunnel.conf" >/dev/null 2>&1 &
+$server_core stunnel4 "$work/stunnel.conf" >/dev/null 2>&1 &
 stunnel=$! pids="$pids $!"
 sleep 1
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 ticks() { # PID: in all, and in the kernel
     awk '{ sub(/.*\) /, ""); print $12 + $13, $13 }' "/proc/$1/stat"
@@ -94,6 +112,64 @@ download() { # PORT
     curl -sk --tls-max 1.2 --ciphers $suite -o /dev/null -w '%{size_download} %{time_total}\n' \
         "https://127.0.0.1:$1/$((megabytes << 20))" | awk '{ print $1 / 1048576, $2 }'
 }
+
+# ---- latency -------------------------------------------------------------------------------------
+
+# The same server made of a header whose handshakes may take all of a turn.
+unrationed() {
+    mkdir -p "$work/all/tests/bench/servers"
+    sed 's/STEPS_NS = 1000000 /STEPS_NS = 2000000000 /' "$root/tcpserver.h" >"$work/all/tcpserver.h"
+    cmp -s "$root/tcpserver.h" "$work/all/tcpserver.h" && { echo "no ration found"; exit 1; }
+    cp "$root/tests/bench/servers/ours_tls.c" "$work/all/tests/bench/servers"
+    $cc -O2 "$work/all/tests/bench/servers/ours_tls.c" -o "$work/unrationed" -lbearssl || exit
+    $server_core "$work/unrationed" 0 "$pem" "$key" >"$work/unrationed.said" 2>&1 &
+    pids="$pids $!"
+    unrationed_port=$(listening "$work/unrationed.said")
+}
+
+latency() { # NAME PORT CLIENTS
+    clients= i=0
+    while [ $((i += 1)) -le "$3" ]; do
+        $client_core openssl s_time -connect "127.0.0.1:$2" -new -time $((seconds + 1)) -tls1_2 \
+            -cipher $suite >"$work/client.$i" 2>&1 &
+        clients="$clients $!"
+    done
+    [ "$3" -eq 0 ] || sleep 0.5
+    took=$($client_core "$build/bench/tls_latency" "$2" 50 10 $((seconds * 1000))) || took=failed
+    wait_for $clients
+    made=$(cat "$work"/client.* 2>/dev/null |
+        awk '/real seconds/ { n += $1; t = $4 } END { printf "%.0f", t ? n / t : 0 }')
+    rm -f "$work"/client.*
+    echo "$1 $3 $took $made" >>"$work/latencies"
+}
+
+median() { # COLUMN, lines on the standard input
+    sort -n -k"$1,$1" | awk -v c="$1" '{ v[NR] = $c } END { print v[int((NR + 1) / 2)] }'
+}
+
+if [ "$works" = latency ]; then
+    unrationed
+    round=0
+    while [ $((round += 1)) -le "$rounds" ]; do
+        for server in ours unrationed stunnel; do
+            eval "port=\$${server}_port"
+            for clients_now in 0 "$crowd"; do latency $server "$port" "$clients_now"; done
+        done
+    done
+    printf '%-12s %7s %10s %8s %8s %12s   medians of %d rounds\n' "" clients "median ms" p99 \
+        longest handshakes/s "$rounds"
+    for server in ours unrationed stunnel; do
+        for clients_now in 0 "$crowd"; do
+            grep "^$server $clients_now " "$work/latencies" >"$work/those"
+            printf '%-12s %7d %10s %8s %8s %12s\n' $server "$clients_now" \
+                "$(median 3 <"$work/those")" "$(median 4 <"$work/those")" \
+                "$(median 5 <"$work/those")" "$(median 7 <"$work/those")"
+        done
+    done
+    exit
+fi
+
+# ---- speed ---------------------------------------------------------------------------------------
 
 round=0
 while [ $((round += 1)) -le "$rounds" ]; do
