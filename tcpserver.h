@@ -909,6 +909,9 @@ Include tcpserver.h first, or compile with -std=gnu99 or -D_GNU_SOURCE."
 #if defined(__linux__) || defined(__APPLE__)
 #include <sys/random.h>
 #endif
+#define TCPSRV__TLS 1
+#else
+#define TCPSRV__TLS 0
 #endif
 
 #ifdef TCPSRV__ACCEPT4_HIDDEN
@@ -4895,6 +4898,16 @@ static TCPSRV__APART const tcpsrv__transport *tcpsrv__io(const tcpsrv_stream *st
     return stream->foreign ? stream->extra->io : &tcpsrv__plain;
 }
 
+/* What TLS alone does: whether it has bytes of its own to send, and its way to being connected. */
+TCPSRV__INLINE int tcpsrv__owes(const tcpsrv_stream *stream) {
+    return TCPSRV__TLS && stream->owes;
+}
+
+TCPSRV__INLINE void tcpsrv__prepare(tcpsrv_stream *stream) {
+    if (TCPSRV__TLS && stream->connecting && tcpsrv__io(stream)->prepare)
+        tcpsrv__io(stream)->prepare(stream);
+}
+
 static TCPSRV__COLD void tcpsrv__shut(tcpsrv_stream *stream) {
     const tcpsrv__transport *io = tcpsrv__io(stream);
     stream->shut = 1;
@@ -5084,7 +5097,7 @@ static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     unsent = stream->out.size;
     stream->dead = 1;
     stream->error = (int16_t)code;
-    if (stream->connecting && stream->owner->not_ready)
+    if (TCPSRV__TLS && stream->connecting && stream->owner->not_ready)
         stream->owner->not_ready(stream->owner, stream, code);
     stream->connecting = 0;
     if (unsent) stream->aborting = 1; /* a torn message must not end as if whole */
@@ -5103,7 +5116,7 @@ static TCPSRV__COLD void tcpsrv__stream_destroy(tcpsrv__source *source) {
     if (stream->extra) {
         tcpsrv__timer_cancel(source->loop, &stream->extra->alarm);
         tcpsrv__free(stream->extra->making);
-        if (tcpsrv__io(stream)->release) tcpsrv__io(stream)->release(stream);
+        if (TCPSRV__TLS && tcpsrv__io(stream)->release) tcpsrv__io(stream)->release(stream);
     }
     tcpsrv__free(stream->extra);
     stream->extra = NULL; /* a handler may still ask a stream that others have ended */
@@ -5758,7 +5771,7 @@ static TCPSRV__APART void tcpsrv__output_step(tcpsrv_stream *stream) {
     if (stream->dead || stream->connecting) return;
     if (first && !tcpsrv__block_size(first)) /* marks that are reached */
         tcpsrv__queue_consume(stream->source.loop, &stream->out, 0);
-    if ((stream->out.size || stream->owes) && !stream->blocked) {
+    if ((stream->out.size || tcpsrv__owes(stream)) && !stream->blocked) {
         int count = tcpsrv__queue_gather(&stream->out, pieces, &asked);
         n = count || !stream->out.size ? tcpsrv__io(stream)->transmit(stream, pieces, count)
                                        : tcpsrv__send_file(stream, &asked);
@@ -5766,7 +5779,7 @@ static TCPSRV__APART void tcpsrv__output_step(tcpsrv_stream *stream) {
     }
     if (stream->dead) return;
     if (stream->charged || stream->blocked) tcpsrv__recharge(stream);
-    if (!stream->out.last && !stream->owes) tcpsrv__output_emptied(stream);
+    if (!stream->out.last && !tcpsrv__owes(stream)) tcpsrv__output_emptied(stream);
     else if (!stream->blocked) tcpsrv__make_ready(&stream->source);
 }
 
@@ -5966,7 +5979,9 @@ TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t 
 TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
     const tcpsrv__making *making = stream->extra ? stream->extra->making : NULL;
-    if (!err && (!tcpsrv__io(stream)->half_closes || (making && making->secure))) err = -ENOTSUP;
+    if (TCPSRV__TLS && !err &&
+        (!tcpsrv__io(stream)->half_closes || (making && making->secure)))
+        err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
     tcpsrv__uncork_it(stream);
     stream->shut_wanted = 1;
@@ -6041,9 +6056,9 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     tcpsrv__input_drop(stream);
     if (stream->dead) return;
-    if (stream->out.last || stream->owes) tcpsrv__output_step(stream);
+    if (stream->out.last || tcpsrv__owes(stream)) tcpsrv__output_step(stream);
     if (stream->dead) return;
-    if (!stream->out.last && !stream->owes &&
+    if (!stream->out.last && !tcpsrv__owes(stream) &&
         (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__close_deadline(stream) != 0) {
@@ -6053,7 +6068,7 @@ static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
         if (stream->readable) tcpsrv__linger_step(stream);
     } else if (!stream->out.last) {
         if (!stream->shut) tcpsrv__shut(stream);
-        if (!stream->dead && !stream->owes) tcpsrv__linger_begin(stream);
+        if (!stream->dead && !tcpsrv__owes(stream)) tcpsrv__linger_begin(stream);
     }
 }
 
@@ -6082,12 +6097,12 @@ static TCPSRV__COLD void tcpsrv__dead_step(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv__run_marks(stream);
-    if (stream->connecting && tcpsrv__io(stream)->prepare) tcpsrv__io(stream)->prepare(stream);
+    tcpsrv__prepare(stream);
     if (stream->read_fn && stream->closing) tcpsrv__read_fail(stream, TCPSRV_ECLOSED);
     else if (stream->read_fn && stream->cancelled) tcpsrv__read_fail(stream, TCPSRV_ECANCELED);
     if (stream->read_fn) tcpsrv__input_step(stream);
     if (stream->closing) tcpsrv__close_step(stream);
-    else if (stream->out.last || stream->owes || stream->shut_wanted)
+    else if (stream->out.last || tcpsrv__owes(stream) || stream->shut_wanted)
         tcpsrv__output_step(stream);
     tcpsrv__run_marks(stream);
     if (stream->dead) tcpsrv__dead_step(stream);
@@ -6109,8 +6124,8 @@ static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events)
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
     if (events & TCPSRV__EVENT_URGENT) stream->deep = 1;
     if (events & TCPSRV__EVENT_WRITE) stream->blocked = 0;
-    if (stream->connecting && tcpsrv__io(stream)->prepare) tcpsrv__io(stream)->prepare(stream);
-    if ((events & TCPSRV__EVENT_WRITE) && (stream->out.last || stream->owes))
+    tcpsrv__prepare(stream);
+    if ((events & TCPSRV__EVENT_WRITE) && (stream->out.last || tcpsrv__owes(stream)))
         tcpsrv__output_step(stream);
     if (stream->read_fn && !stream->cancelled && !stream->closing) tcpsrv__input_step(stream);
     if ((events & TCPSRV__EVENT_ERROR) && !stream->dead) tcpsrv__error_told(stream);
@@ -10200,7 +10215,7 @@ static TCPSRV__COLD void tcpsrv__race_give_up(tcpsrv_stream *stream) {
 
 static TCPSRV__COLD void tcpsrv__race_won(tcpsrv_stream *stream, int fd, int index) {
     tcpsrv__race *race = tcpsrv__race_of(stream);
-    tcpsrv_tls *tls = race->tls;
+    tcpsrv_tls *tls = TCPSRV__TLS ? race->tls : NULL;
     int err;
     race->tls = NULL;
     tcpsrv__race_give_up(stream);
@@ -10466,7 +10481,7 @@ static TCPSRV__COLD int tcpsrv__race_begin(tcpsrv__race *race,
 TCPSRV_IMPL tcpsrv_stream *tcpsrv_connect(tcpsrv_loop *loop,
                                           const tcpsrv_connect_options *options) {
     const char *name = options->tls_name ? options->tls_name : options->host;
-    size_t size = options->tls && name ? strlen(name) + 1 : 0;
+    size_t size = TCPSRV__TLS && options->tls && name ? strlen(name) + 1 : 0;
     tcpsrv_stream *stream = tcpsrv__lone_start(tcpsrv__lone_new(options), loop, -1, 0);
     tcpsrv__race *race;
     int err;
@@ -10985,7 +11000,7 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
 
 static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *stream,
                                               const tcpsrv_address *address) {
-    tcpsrv_tls *tls = server->owner.options.tls;
+    tcpsrv_tls *tls = TCPSRV__TLS ? server->owner.options.tls : NULL;
     int err;
     tcpsrv__uncork_it(stream);
     stream->stepping = 0; /* the header's own read is over: what follows is its handler's */
@@ -11703,7 +11718,7 @@ TCPSRV_IMPL tcpsrv *tcpsrv_new(const tcpsrv_options *options) {
         return NULL;
     }
     server->owner.gone = tcpsrv__stream_gone;
-    server->owner.not_ready = tcpsrv__log_not_ready;
+    server->owner.not_ready = TCPSRV__TLS ? tcpsrv__log_not_ready : NULL;
     server->reserve_fd = -1;
     server->pause_ms = TCPSRV__PAUSE_MS;
     server->pause_timer.fire = tcpsrv__pause_fire;
