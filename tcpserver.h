@@ -699,6 +699,8 @@ typedef struct tcpsrv_tls_options {
     int session_cache;            /* sessions kept; 0: 1024, none with REQUIRED; -1: none */
     unsigned session_ttl_s;       /* 0: 300 */
     int no_verify;                /* a client accepts any certificate */
+    int strict;                   /* an own certificate out of its time and a key file that others
+                                     may read are failures, not warnings */
     tcpsrv_log_fn *log;           /* warnings of tcpsrv_tls_new; NULL: to stderr */
     void *user;                   /* of on_sni and log */
 } tcpsrv_tls_options;
@@ -6959,7 +6961,7 @@ struct tcpsrv_tls {
     size_t pair_count;
     const char **alpn;
     size_t alpn_count;
-    int client_certificates, no_verify;
+    int client_certificates, no_verify, strict;
     int (*on_sni)(void *user, const char *name);
     tcpsrv_log_fn *log;
     void *user;
@@ -6995,6 +6997,14 @@ static TCPSRV__COLD void tcpsrv__tls_warn(const tcpsrv_tls *tls, const char *for
     va_end(arguments);
     if (tls->log) tls->log(TCPSRV_LOG_WARNING, line, tls->user);
     else tcpsrv__log(NULL, TCPSRV_LOG_WARNING, line);
+}
+
+/* What may be right all the same: 0 and a warning, or a failure where none is wanted. */
+static TCPSRV__COLD int tcpsrv__tls_doubt(const tcpsrv_tls *tls, const char *place,
+                                          const char *what) {
+    if (tls->strict) return tcpsrv__tls_fail("%s: %s", place, what);
+    tcpsrv__tls_warn(tls, "%s: %s", place, what);
+    return 0;
 }
 
 /* ---- DER ------------------------------------------------------------------------------------- */
@@ -7374,13 +7384,14 @@ static TCPSRV__COLD char *tcpsrv__certificate_names(const br_x509_certificate *l
 }
 
 /* What a certificate says about its time, in days of the decoder (from the year 0 on). */
-static TCPSRV__COLD void tcpsrv__certificate_dates(const tcpsrv_tls *tls, const char *place,
-                                                   const br_x509_decoder_context *decoder) {
+static TCPSRV__COLD int tcpsrv__certificate_dates(const tcpsrv_tls *tls, const char *place,
+                                                  const br_x509_decoder_context *decoder) {
     uint64_t now = (uint64_t)tcpsrv__sys_unix_time() + (uint64_t)719528 * 86400;
     if (now > (uint64_t)decoder->notafter_days * 86400 + decoder->notafter_seconds)
-        tcpsrv__tls_warn(tls, "%s: the certificate has expired", place);
+        return tcpsrv__tls_doubt(tls, place, "the certificate has expired");
     if (now < (uint64_t)decoder->notbefore_days * 86400 + decoder->notbefore_seconds)
-        tcpsrv__tls_warn(tls, "%s: the certificate is not valid yet", place);
+        return tcpsrv__tls_doubt(tls, place, "the certificate is not valid yet");
+    return 0;
 }
 
 static int tcpsrv__curve_works(int curve) {
@@ -7395,6 +7406,7 @@ static TCPSRV__COLD int tcpsrv__leaf_check(const tcpsrv_tls *tls, tcpsrv__pair *
     tcpsrv__certificate_parts parts;
     const br_x509_pkey *key;
     size_t bits = 0;
+    int err;
     if (tcpsrv__certificate_split(leaf->data, leaf->data_len, &parts) == 0)
         bits = tcpsrv__certificate_rsa_bits(&parts);
     if (bits && (bits < 2048 || bits > 4096))
@@ -7407,7 +7419,8 @@ static TCPSRV__COLD int tcpsrv__leaf_check(const tcpsrv_tls *tls, tcpsrv__pair *
         return tcpsrv__tls_fail("%s: cannot read the first certificate: unsupported key or "
                                 "signature type (RSA and EC P-256, P-384 and P-521 work)", place);
     pair->type = key->key_type;
-    tcpsrv__certificate_dates(tls, place, decoder);
+    err = tcpsrv__certificate_dates(tls, place, decoder);
+    if (err) return err;
     if (bits > 3072 || (!bits && key->key.ec.curve != BR_EC_secp256r1))
         tcpsrv__tls_warn(tls, "%s: each handshake with this key holds up the loop for 4 to 50 ms; "
                          "EC P-256 takes 1.6", place);
@@ -7524,16 +7537,17 @@ static TCPSRV__COLD int tcpsrv__pair_read_key(const tcpsrv_tls *tls, tcpsrv__pai
     int in_memory = from->certificate_pem != NULL;
     const char *text = from->key_pem ? from->key_pem : from->certificate_pem;
     const char *place = from->key_file ? from->key_file : from->certificate_file;
+    char doubt[64];
     tcpsrv__pem pem;
     unsigned mode = 0;
     int err;
     if (in_memory) place = from->key_pem ? "key_pem" : "certificate_pem";
     err = tcpsrv__pem_open(&pem, text, place, &mode);
     if (err) return err;
-    if (mode & 077)
-        tcpsrv__tls_warn(tls, "%s: the private key may be read by others (mode %03o)", place,
-                         mode & 0777);
-    err = tcpsrv__key_read(pair, &pem);
+    snprintf(doubt, sizeof doubt, "the private key may be read by others (mode %03o)",
+             mode & 0777);
+    if (mode & 077) err = tcpsrv__tls_doubt(tls, place, doubt);
+    if (!err) err = tcpsrv__key_read(pair, &pem);
     tcpsrv__pem_close(&pem);
     return err;
 }
@@ -7811,6 +7825,7 @@ TCPSRV_IMPL tcpsrv_tls *tcpsrv_tls_new(const tcpsrv_tls_options *options) {
     tls->session_ttl_ns = (ttl_s ? ttl_s : (uint64_t)TCPSRV__SESSION_TTL_S) * 1000000000u;
     tls->client_certificates = options->client_certificates;
     tls->no_verify = options->no_verify;
+    tls->strict = options->strict;
     tls->on_sni = options->on_sni;
     tls->log = options->log;
     tls->user = options->user;

@@ -28,7 +28,15 @@ static void note_step(br_ssl_engine_context *core, size_t size) {
     br_ssl_engine_recvrec_ack(core, size);
 }
 
+/* For certificates another day. */
+static time_t days_off;
+
+static time_t shifted_time(time_t *at) {
+    return time(at) + days_off * 86400;
+}
+
 #define clock_gettime(id, now) slow_clock(id, now)
+#define time(at) shifted_time(at)
 #define br_ssl_engine_recvrec_ack(core, size) note_step(core, size)
 #endif
 #include "test.h"
@@ -219,6 +227,37 @@ static void doubtful_files_load_with_a_warning(void) {
     tcpsrv_tls_free(server_tls("ec"));
     CHECK_STR(last_warning, "");
     tcpsrv_tls_free(server_tls("p384"));
+    CHECK(strstr(last_warning, "each handshake with this key holds up the loop"));
+}
+
+/* That a pair which loads with a warning otherwise is refused with the same words. */
+static void strict_refuses(config *made, const char *name, const char *what) {
+    char expected[400];
+    snprintf(expected, sizeof expected, "%s: %s", file(name), what);
+    last_warning[0] = 0;
+    tcpsrv_tls_free(config_make(made));
+    CHECK_STR(last_warning, expected);
+    last_warning[0] = 0;
+    made->options.strict = 1;
+    CHECK(!tcpsrv_tls_new(&made->options));
+    CHECK_STR(tcpsrv_last_error(), expected);
+    CHECK_STR(last_warning, "");
+}
+
+static void strict_refuses_what_is_doubtful(void) {
+    config made;
+    config_init(&made, "expired", NULL);
+    strict_refuses(&made, "expired.pem", "the certificate has expired");
+    config_init(&made, "ec", NULL);
+    days_off = -2;
+    strict_refuses(&made, "ec.pem", "the certificate is not valid yet");
+    days_off = 0;
+    config_init(&made, "ec", NULL);
+    made.pairs[0].key_file = file("open.key");
+    strict_refuses(&made, "open.key", "the private key may be read by others (mode 644)");
+    config_init(&made, "p384", NULL);
+    made.options.strict = 1;
+    tcpsrv_tls_free(config_make(&made)); /* slow is not wrong */
     CHECK(strstr(last_warning, "each handshake with this key holds up the loop"));
 }
 
@@ -2135,6 +2174,7 @@ int main(int argc, char **argv) {
         TEST(every_kind_of_key_in_every_spelling_loads),
         TEST(certificates_load_from_memory),
         TEST(doubtful_files_load_with_a_warning),
+        TEST(strict_refuses_what_is_doubtful),
         TEST(bad_options_are_refused_in_words),
         TEST(every_failing_allocation_of_a_configuration_is_survived),
         TEST(handshakes_with_every_kind_of_key),
