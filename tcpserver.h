@@ -8982,7 +8982,12 @@ static long tcpsrv__link_send(tcpsrv_stream *stream, const struct iovec *pieces,
 static TCPSRV__COLD void tcpsrv__link_shut(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
     tcpsrv__link_call call;
-    if (tcpsrv__engine_wake(link->engine) == 0) tcpsrv__engine_close(link->engine);
+    int err = tcpsrv__engine_wake(link->engine);
+    if (err) {
+        tcpsrv__die(stream, err);
+        return;
+    }
+    tcpsrv__engine_close(link->engine);
     link->closing = 1;
     tcpsrv__link_call_init(&call, stream, NULL, 0);
     tcpsrv__link_send_errand(&call);
