@@ -90,6 +90,15 @@ static struct model_state {
 
 static int model_held_back(const model_conn *conn);
 
+static const tcpsrv__engine *model_engine(const model_conn *conn) {
+    const tcpsrv__source *source;
+    if (!conn->secure || model.ending) return NULL;
+    source = tcpsrv__source_by_id(conn->loop, conn->id);
+    if (!source || !conn->stream->foreign || conn->stream->extra->io != &tcpsrv__tls_transport)
+        return NULL;
+    return tcpsrv__link_of(conn->stream)->engine;
+}
+
 /* Encrypts from out_pos on, and decrypts from in_pos on. */
 static void model_secure_begin(model_conn *conn, uint64_t in_pos, uint64_t out_pos) {
     sim_dir *out = &conn->link->dir[conn->side], *in = &conn->link->dir[!conn->side];
@@ -97,6 +106,7 @@ static void model_secure_begin(model_conn *conn, uint64_t in_pos, uint64_t out_p
     conn->handshake_at = sim.now;
     out->clear = out->plain_sealed = out->plain_sent = out_pos;
     in->secure_from = in->plain_taken = in_pos;
+    conn->link->mutual = model_engine(conn) && model_engine(conn)->tls == secure.mutual;
     SIM_TRACE("stream %d begins TLS: sends it from %llu on, gets it from %llu on", conn->number,
               (unsigned long long)out->clear, (unsigned long long)in->secure_from);
 }
@@ -114,15 +124,6 @@ static void model_secure_unknown(sim_link *link, int side) {
             ((const tcpsrv_stream *)(const void *)source)->extra->io == &tcpsrv__tls_transport)
             link->dir[side].clear = 0;
     }
-}
-
-static const tcpsrv__engine *model_engine(const model_conn *conn) {
-    const tcpsrv__source *source;
-    if (!conn->secure || model.ending) return NULL;
-    source = tcpsrv__source_by_id(conn->loop, conn->id);
-    if (!source || !conn->stream->foreign || conn->stream->extra->io != &tcpsrv__tls_transport)
-        return NULL;
-    return tcpsrv__link_of(conn->stream)->engine;
 }
 
 static int model_handshakes(const model_conn *conn) {
@@ -259,13 +260,16 @@ static int model_secure_may_end(const model_conn *conn, int code) {
         return conn->object->told_end && !model_notified(conn);
     if (in->clear != in->secure_from || (peer && !end)) return number > 0 && number < 1000;
     if (sim.alloc_failed && number == BR_ERR_X509_LIMIT_EXCEEDED) return 1;
-    if (number >= BR_ERR_X509_OK && number <= BR_ERR_X509_NOT_TRUSTED) return conn->wrong_name;
+    if (number == BR_ERR_NO_CLIENT_AUTH ||
+        (number >= BR_ERR_X509_OK && number <= BR_ERR_X509_NOT_TRUSTED))
+        return conn->wrong_name || (!conn->client && !(end && end->shows));
     if (!end) return number > 0 && number < 1000; /* the other end is ours, and has its reasons */
     if (code == TCPSRV_ETLS_NAME) return !!end->name;
     if (code == TCPSRV_ETLS_VERSION || number == 512 + 70) return end->fault == SECURE_OLD;
     if (number == 256 + 40) return end->fault == SECURE_ALERTS || end->fault >= SECURE_OLD;
     if (number == 256 + 70) return end->fault >= SECURE_OLD;
     if (end->fault == SECURE_STRANGE) return number == 512 + 40;
+    if (end->renegotiated) return number > 0 && number < 1000;
     return end->fault == SECURE_DAMAGES && number > 0 && number < 256;
 }
 

@@ -57,6 +57,7 @@ struct sim_link {
     uint64_t latency, connect_at;   /* when the connecting end learns how it went */
     int connect_error;
     uint64_t accepted_at;
+    int mutual;                 /* TLS with certificates of both sides */
     uint64_t upgrade_at;        /* where TLS is to begin in what a peer sends; 0: it is not */
 };
 

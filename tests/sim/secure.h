@@ -19,6 +19,7 @@ typedef enum secure_fault {
     SECURE_DAMAGES,             /* flips a bit of what it has encrypted */
     SECURE_OLD,                 /* knows TLS 1.1 at most */
     SECURE_STRANGE,             /* offers a suite that nobody wants */
+    SECURE_RENEGOTIATES,        /* wants another handshake later */
     SECURE_FAULTS
 } secure_fault;
 
@@ -36,7 +37,9 @@ struct sim_secure {
     int upgrades;               /* in clear up to upgrade_at; goes on when the program does */
     uint64_t upgrade_at;
     secure_fault fault;
-    int damaged, alerted;
+    int damaged, alerted, renegotiated;
+    int shows;                  /* its certificate, when a server asks for it */
+    int empties;                /* sends empty records in between */
     int notifies, closing;      /* with close_notify */
     int resumes;
     const char *name;           /* that a client asks for; NULL: none */
@@ -88,7 +91,9 @@ static const char secure_b_pem[] =
     "-----END CERTIFICATE-----\n";
 
 static struct secure_state {
-    tcpsrv_tls *server, *strict, *client; /* strict: refuses names that it does not know */
+    tcpsrv_tls *server, *client;
+    tcpsrv_tls *strict;             /* refuses names that it does not know */
+    tcpsrv_tls *mutual;             /* wants certificates of clients */
     tcpsrv_tls *serves;             /* what the server begins a run with */
     secure_script script;           /* what peers do */
     br_x509_pkey key;
@@ -124,7 +129,11 @@ static void secure_prepare(void) {
     options.on_sni = secure_on_sni;
     options.alpn = NULL;
     secure.strict = tcpsrv_tls_new(&options);
-    if (!secure.client || !secure.server || !secure.strict)
+    options.on_sni = NULL;
+    options.session_cache = -1;
+    options.client_certificates = TCPSRV_TLS_REQUIRED;
+    secure.mutual = tcpsrv_tls_new(&options);
+    if (!secure.client || !secure.server || !secure.strict || !secure.mutual)
         sim_broken(0, "%s", tcpsrv_last_error());
     own = br_skey_decoder_get_ec(secure.server->pairs[0].key);
     secure.key.key_type = BR_KEYTYPE_EC;
@@ -231,6 +240,7 @@ static void secure_set_up(struct sim_secure *end, int number) {
 
 static void secure_begin_client(struct sim_secure *end, int number) {
     br_ssl_client_context *client = &end->context.client;
+    const tcpsrv__pair *pair = &secure.server->pairs[0];
     br_ssl_session_parameters session;
     br_ssl_client_zero(client);
     end->core = &client->eng;
@@ -239,6 +249,11 @@ static void secure_begin_client(struct sim_secure *end, int number) {
     br_ssl_engine_set_x509(end->core, &end->shown.vtable);
     if (number % 3) br_ssl_engine_set_protocol_names(end->core, (const char **)(uintptr_t)
                                                      &secure_protocols[number % 2], 1);
+    if (end->shows)
+        br_ssl_client_set_single_ec(client, pair->chain, pair->chain_length,
+                                    br_skey_decoder_get_ec(pair->key), BR_KEYTYPE_SIGN,
+                                    BR_KEYTYPE_EC, sim_curves(),
+                                    br_ecdsa_sign_asn1_get_default());
     secure_session(end, &session);
     if (end->resumes) br_ssl_engine_set_session_parameters(end->core, &session);
     br_ssl_client_reset(client, end->name, end->resumes);
@@ -269,9 +284,11 @@ static void peer_secure(sim_peer *peer, int client, int upgrades) {
     memset(end, 0, offsetof(struct sim_secure, records));
     end->client = client;
     end->upgrades = upgrades;
-    end->fault = sim_chance(8) ? (secure_fault)sim_below(SECURE_FAULTS) : SECURE_FINE;
+    end->fault = sim_chance(6) ? (secure_fault)sim_below(SECURE_FAULTS) : SECURE_FINE;
     end->notifies = !sim_chance(4);
     end->resumes = !sim_chance(4);
+    end->shows = !sim_chance(4);
+    end->empties = sim_chance(8);
     end->name = secure_names[sim_below(4)];
     end->suite = secure_suites[sim_below(2)];
     if (end->fault == SECURE_OLD) end->suite = BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA;
@@ -320,7 +337,6 @@ static void secure_begin(sim_peer *peer) {
     sim_dir *out = &peer->link->dir[peer->side];
     out->clear = out->plain_sealed = out->plain_sent = out->sent;
     if (!end->upgrades) out->clear = out->plain_sealed = out->plain_sent = peer->head_size;
-    end->got = end->upgrades ? peer->link->dir[!peer->side].clear : 0;
     end->begun = 1;
     SIM_TRACE("peer %d begins TLS as a %s%s%s at %d, fault %d", peer->number,
               end->client ? "client of " : "server", end->client && end->name ? end->name : "",
@@ -373,6 +389,7 @@ static int secure_may_fail(const sim_peer *peer) {
     const sim_dir *in = &peer->link->dir[!peer->side], *out = &peer->link->dir[peer->side];
     return end->fault != SECURE_FINE || in->clear == SIM_NEVER || out->secure_from != out->clear ||
            (end->client && end->name && strcmp(end->name, "other.sim") == 0) || sim.wrong_names ||
+           (peer->link->mutual && !end->shows) ||
            (sim.alloc_failed && end->error >= 256);
 }
 
@@ -388,6 +405,7 @@ static void secure_settle(sim_peer *peer) {
             sim_broken(1, "peer %d: TLS failed with %d", peer->number, end->error);
     } else if (!end->done && br_ssl_engine_sendapp_buf(end->core, &size)) {
         end->done = 1;
+        end->got = peer->link->dir[!peer->side].clear;
         SIM_TRACE("peer %d: the handshake is over", peer->number);
         if (end->client && end->shown.count &&
             end->shown.leaf_size !=
@@ -483,6 +501,17 @@ static void secure_seal(sim_peer *peer) {
         br_ssl_engine_close(end->core);
         return;
     }
+    if (end->fault == SECURE_RENEGOTIATES && !end->renegotiated) {
+        end->renegotiated = 1;
+        SIM_TRACE("peer %d wants another handshake", peer->number);
+        br_ssl_engine_renegotiate(end->core);
+        return;
+    }
+    if (end->empties && sim_chance(2)) {
+        br_ssl_engine_flush(end->core, 1);
+        SIM_TRACE("peer %d encrypts nothing", peer->number);
+        return;
+    }
     to = br_ssl_engine_sendapp_buf(end->core, &room);
     if (room > peer->send_piece) room = peer->send_piece;
     if (room > left) room = (size_t)left;
@@ -526,7 +555,7 @@ static void secure_push(sim_peer *peer, size_t room) {
     br_ssl_engine_sendrec_ack(end->core, size);
     if (!br_ssl_engine_sendrec_buf(end->core, &size)) {
         if (!end->damaged) secure_note_record(out);
-        if (end->closing && !end->damaged && out->notify_end == SIM_NEVER)
+        if (end->closing && !end->damaged && !end->renegotiated && out->notify_end == SIM_NEVER)
             out->notify_end = out->sent;
     }
     secure_settle(peer);

@@ -1070,14 +1070,17 @@ static void world_drain_on_signal(void) {
     model.signalled = 1;
 }
 
+#ifdef TCPSERVER_TLS
+static tcpsrv_tls *world_any_tls(void) {
+    if (sim_chance(4)) return NULL;
+    return sim_chance(6) ? secure.mutual : sim_chance(4) ? secure.strict : secure.server;
+}
+#endif
+
 /* New connections speak TLS from now on, or other TLS, or none. */
 static void world_swap_tls(void) {
 #ifdef TCPSERVER_TLS
-    tcpsrv_tls *kinds[3];
-    kinds[0] = NULL;
-    kinds[1] = secure.server;
-    kinds[2] = secure.strict;
-    secure.serves = kinds[sim_below(3)];
+    secure.serves = world_any_tls();
     SIM_TRACE("the server's TLS is another");
     if (tcpsrv_set_tls(world.server, secure.serves) != 0) sim_broken(2, "set_tls failed");
 #endif
@@ -1179,9 +1182,10 @@ static void world_secure_options(tcpsrv_options *options) {
 #ifdef TCPSERVER_TLS
     world.secure = 1;
     secure.script = SECURE_BY_CHANCE;
-    secure.serves = sim_chance(4) ? NULL : sim_chance(4) ? secure.strict : secure.server;
+    secure.serves = world_any_tls();
+    secure.server->session_ttl_ns = sim_chance(3) ? SIM_MS(1 + sim_size(100)) : SIM_MS(300000);
     options->tls = secure.serves;
-    options->handshake_timeout_ms = (int64_t)(sim_chance(3) ? 1 + sim_size(1500) : 0);
+    options->handshake_timeout_ms = (int64_t)(sim_chance(8) ? 1 + sim_size(1500) : 0);
     secure_remember(secure.server);
     secure_remember(secure.strict);
 #else
@@ -1265,6 +1269,7 @@ static void world_secure_end(void) {
     secure_forget(secure.server);
     secure_forget(secure.strict);
     secure_forget(secure.client);
+    secure_forget(secure.mutual);
 #endif
 }
 
