@@ -1780,55 +1780,71 @@ static void a_close_with_unread_plaintext_ends_and_its_answer_arrives(void) {
     service_close(&here);
 }
 
-static size_t queued_then;
+static tcpsrv_stream *filled;
 
-/* Fills the connection, reads once, and waits until all is out. */
 static int fill_and_wait(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     tcpsrv_bytes got;
-    (void)peer;
-    *(tcpsrv_stream **)user = stream;
+    (void)peer, (void)user;
+    filled = stream;
     CHECK_INT(tcpsrv_wait_handshake(stream), 0);
     CHECK_INT(tcpsrv_on_close(stream, on_closed, NULL), 0);
     CHECK_INT(tcpsrv_try_write(stream, bulk, BULK), 0);
-    CHECK_INT(tcpsrv_read_some(stream, 0, &got), 0);
-    queued_then = stream->out.size;
-    CHECK(tcpsrv__link_of(stream)->sealed);
-    return ended(tcpsrv_flush(stream));
+    return ended(tcpsrv_read_some(stream, 0, &got));
 }
-
-static tcpsrv_stream *filled;
 
 static int is_filled(void) {
     return filled && filled->blocked && tcpsrv__link_of(filled)->sealed;
+}
+
+/* A client whose server has filled the connection, with a record half out. */
+static tcpsrv_stream *open_and_fill(service *here) {
+    tcpsrv_stream *stream;
+    service_init(here, fill_and_wait, NULL);
+    here->options.max_write_buffer_size = 2 * (size_t)BULK;
+    service_start(here);
+    stream = dial(here, here->client_tls);
+    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
+    turns_until(is_filled);
+    CHECK_INT(tcpsrv__engine_wake(tcpsrv__link_of(stream)->engine), 0);
+    CHECK_INT(tcpsrv__engine_wake(tcpsrv__link_of(filled)->engine), 0);
+    return stream;
 }
 
 /* The engine drops what it has sealed; the stream does not count it as sent. */
 static void a_failure_with_a_record_half_out_tells_of_all_that_is_lost(void) {
     static const char junk[] = "This is no record, nor anything else that would be one.";
     service here;
-    tcpsrv__engine *engine;
-    tcpsrv_stream *stream;
-    service_init(&here, fill_and_wait, NULL);
-    here.options.user = &filled;
-    here.options.max_write_buffer_size = 2 * (size_t)BULK;
-    service_start(&here);
-    stream = dial(&here, here.client_tls);
-    CHECK_INT(tcpsrv_wait_handshake(stream), 0);
-    turns_until(is_filled);
-    engine = tcpsrv__link_of(stream)->engine;
-    CHECK_INT(tcpsrv__engine_wake(engine), 0);
-    CHECK_INT(tcpsrv__engine_write(engine, "x", 1), 1);
-    tcpsrv__engine_flush(engine);
-    CHECK_INT(tcpsrv__link_push(stream), 0);
-    CHECK_INT(send(tcpsrv_fd(stream), junk, sizeof junk, MSG_NOSIGNAL), sizeof junk);
-    while (!has_closed()) {
-        ssize_t n = recv(tcpsrv_fd(stream), bulk, BULK, MSG_DONTWAIT);
-        CHECK(n >= 0 || errno == EAGAIN || errno == ECONNRESET);
-        CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 10), 0);
-    }
+    tcpsrv_stream *stream = open_and_fill(&here);
+    size_t queued = filled->out.size;
+    tcpsrv__engine_feed(tcpsrv__link_of(filled)->engine, (const unsigned char *)junk, sizeof junk);
+    filled->blocked = 0;
+    tcpsrv__output_step(filled);
+    turns_until(has_closed);
     CHECK(close_result < TCPSRV_ETLS && close_result > TCPSRV_ERESOLVE);
-    CHECK_INT(close_unsent, queued_then);
+    CHECK_INT(close_unsent, queued);
     CHECK_INT(handler_result, close_result);
+    tcpsrv_abort(stream);
+    service_close(&here);
+}
+
+/* When the peer ends, the record under way goes out as a whole, and nothing after it. */
+static void an_end_with_a_record_half_out_tells_of_no_more_than_is_lost(void) {
+    service here;
+    tcpsrv_stream *stream = open_and_fill(&here);
+    tcpsrv__engine *engine = tcpsrv__link_of(stream)->engine;
+    size_t queued = filled->out.size, sealed = tcpsrv__link_of(filled)->sealed, size;
+    const unsigned char *out;
+    tcpsrv__engine_close(engine);
+    out = tcpsrv__engine_peek(engine, &size);
+    tcpsrv__engine_feed(tcpsrv__link_of(filled)->engine, out, size);
+    while (!filled->dead) {
+        if (recv(tcpsrv_fd(stream), bulk, BULK, MSG_DONTWAIT) < 0) CHECK_INT(errno, EAGAIN);
+        filled->blocked = 0;
+        tcpsrv__output_step(filled);
+    }
+    turns_until(has_closed);
+    CHECK_INT(close_result, -EPIPE);
+    CHECK_INT(close_unsent, queued - sealed);
     tcpsrv_abort(stream);
     service_close(&here);
 }
@@ -2224,6 +2240,7 @@ int main(int argc, char **argv) {
         TEST(an_end_without_close_notify_is_told_from_a_whole_one),
         TEST(a_close_with_unread_plaintext_ends_and_its_answer_arrives),
         TEST(a_failure_with_a_record_half_out_tells_of_all_that_is_lost),
+        TEST(an_end_with_a_record_half_out_tells_of_no_more_than_is_lost),
         TEST(a_peer_that_takes_nothing_ends_a_write_at_its_timeout),
         TEST(a_read_timeout_leaves_its_bytes_and_the_stream),
         TEST(both_sides_go_on_in_tls),
