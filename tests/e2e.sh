@@ -380,13 +380,15 @@ slow_clients_are_gone() { # SLOWHTTPTEST'S OPTIONS
 
 # ---- TLS -----------------------------------------------------------------------------------------
 
-serve_tls() { # PROGRAM: with a certificate of its own
+serve_tls() { # PROGRAM, an example or a tool: with a certificate of its own
     need openssl
+    source=$root/examples/$1.c
+    [ -f "$source" ] || source=$root/tests/tools/$1.c
     echo '#include <bearssl.h>' | ${CC:-cc} -E - >/dev/null 2>&1 || {
         echo "no BearSSL here"
         exit 77
     }
-    ${CC:-cc} "$root/examples/$1.c" -o "$bin/$1" -lbearssl || fail "examples/$1.c"
+    ${CC:-cc} "$source" -o "$bin/$1" -lbearssl || fail "$source"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
         -subj /CN=localhost -keyout key.pem -out certificate.pem || fail "no certificate"
     serve "$bin/$1" 0 certificate.pem key.pem
@@ -516,9 +518,9 @@ END
 }
 
 # Its own memory for each, the sockets' is the kernel's.
-idle_tls_connections_are_small() { # BYTES
+idle_tls_connections_are_small() { # PROGRAM BYTES
     need python3
-    serve_tls tls_echo
+    serve_tls "$1"
     bounded 120 python3 - "$port" "$pid" 1000 >answers 2>err <<'END' || fail "python"
 import socket, ssl, sys, time
 port, pid, count = (int(word) for word in sys.argv[1:])
@@ -541,7 +543,7 @@ print((resident() - before) // count)
 for stream in streams: talk(stream)
 END
     echo "$(cat answers) bytes" >note
-    [ "$(cat answers)" -le "$1" ] || fail "$(cat answers) bytes each"
+    [ "$(cat answers)" -le "$2" ] || fail "$(cat answers) bytes each"
 }
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -904,7 +906,10 @@ row "http: slow readers end at their deadline" slow_clients_are_gone -X -w 512 -
 row "tls_echo: a renegotiation is refused" renegotiation_is_refused
 row "tls_echo: gnutls-cli" gnutls_talks
 row "tls_echo: Python's ssl, 3 MB and unwrap" python_echoes_megabytes_and_unwraps
-row "tls_echo: 1,000 idle connections, at most 11 KB each" idle_tls_connections_are_small 11264
+row "tls_echo: 1,000 idle connections, at most 11 KB each" \
+    idle_tls_connections_are_small tls_echo 11264
+row "TLS with callbacks: 1,000 idle connections, at most 6 KB each" \
+    idle_tls_connections_are_small tls_callbacks 6144
 row "https: curl" curl_verifies_and_agrees_on_http_1_1
 row "https: wget" page_comes_to wget -qO- --no-check-certificate @
 row "https: headless Chromium" page_comes_to chromium --headless --no-sandbox --disable-gpu \
