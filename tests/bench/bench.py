@@ -2,13 +2,17 @@
 """Measures the library's servers beside others that do the same work.
 
     bench.py run       everything, interleaved, into BUILD/bench/results.jsonl; prints the report
+    bench.py part NAME one part of it
     bench.py count     instructions and system calls a request, exact
     bench.py lines     the ten lines of the library that take most instructions of a request
     bench.py check     the same compared with tests/bench/expected.tsv; record writes that file
     bench.py plot      tables and pictures in tests/bench/results from the last run
 
 Run by make bench and its kin, which build the programs. BUILD is where they are; ONLY names servers
-and WORK works, all without them; ROUNDS says how many.
+and WORK works, all without them; ROUNDS says how many, PEER_ROUNDS how many of them for others than
+raw epoll and ours. A run is made of parts that take less than two minutes: ALONE is a command that
+each is run through, such as one that waits until the machine is quiet, and RESUME goes on with a
+run that was interrupted.
 """
 
 import json
@@ -35,6 +39,10 @@ EXPECTED = os.path.join(HERE, "expected.tsv")
 ONLY = os.environ.get("ONLY", "").split()
 WORK = os.environ.get("WORK", "").split()
 ROUNDS = int(os.environ.get("ROUNDS") or 15)
+PEER_ROUNDS = int(os.environ.get("PEER_ROUNDS") or min(ROUNDS, 6))
+REDIS_ROUNDS = min(ROUNDS, 9)
+ALONE = os.environ.get("ALONE", "").split()
+RESUME = os.environ.get("RESUME")
 
 OURS = ["ours_callbacks", "ours_coroutines"]
 SCRIPTS = {
@@ -408,9 +416,17 @@ def check():
 
 # ---- the run -------------------------------------------------------------------------------------
 
+pending = [] # a part's rows are written together, when it has ended
+
+
 def keep(row):
+    pending.append(row)
+
+
+def write_pending():
     with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in pending))
+    pending.clear()
 
 
 def load(server, mode, work, ms=250):
@@ -430,26 +446,23 @@ def load(server, mode, work, ms=250):
         end(process)
 
 
-def run_works(servers):
-    for number in range(ROUNDS):
-        began = time.monotonic()
-        for work, (mode, words) in WORKS.items():
-            if WORK and work not in WORK:
-                continue
-            able = [server for server in servers if can(server, work)]
-            # Each round begins with another one.
-            for i in range(len(able)):
-                server = able[(i + number) % len(able)]
-                row = load(server, mode, words)
-                keep(dict(kind="load", work=work, server=server, round=number, **row))
-        print(f"round {number + 1} of {ROUNDS}: {time.monotonic() - began:.0f} s", flush=True)
+def run_round(number, servers):
+    for work, (mode, words) in WORKS.items():
+        if WORK and work not in WORK:
+            continue
+        able = [server for server in servers if can(server, work)]
+        # Each round begins with another one.
+        for i in range(len(able)):
+            server = able[(i + number) % len(able)]
+            row = load(server, mode, words)
+            keep(dict(kind="load", work=work, server=server, round=number, **row))
 
 
 def process_cpu(pid):
     return time.clock_gettime((~pid << 3) | 2) # the kernel's name for a process's CPU clock
 
 
-def redis_round(number, server, depth):
+def run_redis(number, server, depth):
     port = free_port()
     words = {"redis.c": [os.path.join(BUILD, "redis"), str(port)],
              "redis-server": ["redis-server", "--port", str(port), "--save", "", "--bind",
@@ -475,17 +488,10 @@ def redis_round(number, server, depth):
         end(process)
 
 
-def run_redis():
-    if WORK and "redis" not in WORK:
-        return
-    if not shutil.which("redis-server") or not shutil.which("redis-benchmark"):
-        print("no redis here")
-        return
-    for number in range(ROUNDS):
-        for depth in (1, 16):
-            for server in random.sample(["redis-server", "redis.c"], 2):
-                redis_round(number, server, depth)
-    print("redis: done", flush=True)
+def redis_round(number):
+    for depth in (1, 16):
+        for server in random.sample(["redis-server", "redis.c"], 2):
+            run_redis(number, server, depth)
 
 
 def private_memory(pid):
@@ -529,33 +535,31 @@ def measure_memory(server):
         end(process)
 
 
-def measure_growth():
+GROWING = [("raw_epoll", "line")] + [(server, mode) for server in OURS for mode in ("line", "timed")]
+
+
+def growth_round(number):
     """The cost of a request with the number of connections."""
-    kinds = [("raw_epoll", "line")] + [(server, mode) for server in OURS
-                                       for mode in ("line", "timed")]
-    for number in range(GROWTH_ROUNDS):
-        for connections in GROWTH:
-            for server, mode in kinds:
-                row = load(server, mode, f"work=keep connections={connections}")
-                keep(dict(kind="growth", server=server, mode=mode, connections=connections,
-                          round=number, **row))
     for connections in GROWTH:
-        for server, mode in kinds:
-            keep({"kind": "growth", "server": server, "mode": mode, "connections": connections,
-                  "instructions": instructions_each(server, mode, f"keep {connections} 64 1",
-                                                    connections, max(1, 1000 // connections))})
-    print("growth with connections: done", flush=True)
+        for server, mode in GROWING:
+            row = load(server, mode, f"work=keep connections={connections}")
+            keep(dict(kind="growth", server=server, mode=mode, connections=connections,
+                      round=number, **row))
 
 
-def measure_inside():
-    words = [["switch"]] + [["lines", str(piece), str(LONGEST_LINE)] for piece in PIECES]
-    for arguments in words:
-        done = subprocess.run([os.path.join(BUILD, "inside")] + arguments, capture_output=True,
-                              text=True, check=True,
-                              preexec_fn=lambda: os.sched_setaffinity(0, cores()[0]))
-        for line in done.stdout.splitlines():
-            keep(dict(kind="inside", **json.loads(line)))
-    print("lines and switches: done", flush=True)
+def count_growth(server, mode):
+    for connections in GROWTH:
+        keep({"kind": "growth", "server": server, "mode": mode, "connections": connections,
+              "instructions": instructions_each(server, mode, f"keep {connections} 64 1",
+                                                connections, max(1, 1000 // connections))})
+
+
+def measure_inside(*arguments):
+    done = subprocess.run([os.path.join(BUILD, "inside")] + [str(word) for word in arguments],
+                          capture_output=True, text=True, check=True,
+                          preexec_fn=lambda: os.sched_setaffinity(0, cores()[0]))
+    for line in done.stdout.splitlines():
+        keep(dict(kind="inside", **json.loads(line)))
 
 
 def versions():
@@ -574,32 +578,82 @@ def versions():
 def keep_method():
     with open("/proc/cpuinfo") as file:
         processor = re.search(r"^model name\s*: (.*)$", file.read(), re.M)
-    keep({"kind": "method", "rounds": ROUNDS, "growth_rounds": GROWTH_ROUNDS,
+    keep({"kind": "method", "rounds": ROUNDS, "peer_rounds": PEER_ROUNDS,
+          "redis_rounds": REDIS_ROUNDS, "growth_rounds": GROWTH_ROUNDS,
           "processor": processor.group(1) if processor else platform.machine(),
           "cores": len(os.sched_getaffinity(0)), "system": f"Linux {platform.release()}",
           "compiler": compiler(), "versions": versions(),
           "network": os.environ["BENCH_NETWORK"]})
 
 
-def run():
-    servers = chosen_servers()
+def prepare():
     if os.path.exists(RESULTS):
         os.remove(RESULTS)
     with open(os.path.join(BUILD, "file"), "wb") as file:
         subprocess.run([os.path.join(BUILD, "load"), "work=file", f"size={FILE_SIZE}"],
                        stdout=file, check=True)
     keep_method()
-    run_works(servers)
-    run_redis()
+
+
+def parts_of_rounds(servers):
+    ours = [server for server in servers if server in ["raw_epoll"] + OURS]
+    peers_by = max(1, ROUNDS // PEER_ROUNDS)
+    if not WORK or set(WORK) & set(WORKS):
+        for n in range(ROUNDS):
+            with_peers = n % peers_by == 0 and n // peers_by < PEER_ROUNDS
+            yield f"round-{n + 1}", run_round, (n, servers if with_peers else ours)
+    if not WORK or "redis" in WORK:
+        if shutil.which("redis-server") and shutil.which("redis-benchmark"):
+            for n in range(REDIS_ROUNDS):
+                yield f"redis-{n + 1}", redis_round, (n,)
+        else:
+            print("no redis here")
+
+
+def parts_of_figures(servers):
     if not WORK or "count" in WORK:
-        for row in count([server for server in servers if server not in ("go", "node")]):
-            keep(row)
+        for server in servers:
+            if server not in ("go", "node"):
+                yield f"count-{server}", lambda one: [keep(row) for row in count([one])], (server,)
     if not WORK or "memory" in WORK:
         for server in servers:
-            keep(measure_memory(server))
+            yield f"memory-{server}", lambda one: keep(measure_memory(one)), (server,)
     if not WORK or "growth" in WORK:
-        measure_growth()
-        measure_inside()
+        for n in range(GROWTH_ROUNDS):
+            yield f"growth-{n + 1}", growth_round, (n,)
+        for server, mode in GROWING:
+            yield f"growth-{server}-{mode}", count_growth, (server, mode)
+        for piece in PIECES:
+            yield f"lines-{piece}", measure_inside, ("lines", piece, LONGEST_LINE)
+    if not WORK or "growth" in WORK or "switch" in WORK:
+        yield "switch", measure_inside, ("switch",)
+
+
+def parts():
+    """Names, functions and arguments, in their order."""
+    servers = chosen_servers()
+    return list(parts_of_rounds(servers)) + list(parts_of_figures(servers))
+
+
+def run_part(name):
+    began = time.monotonic()
+    for one, function, arguments in parts():
+        if one == name:
+            function(*arguments)
+            keep({"kind": "part", "part": name, "seconds": round(time.monotonic() - began, 1)})
+            write_pending()
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def run():
+    if not RESUME or not os.path.exists(RESULTS):
+        prepare()
+        write_pending()
+    done = [row["part"] for row in report.of_kind(report.read(RESULTS), "part")]
+    names = [name for name, _, _ in parts() if name not in done]
+    for name in names:
+        words = ALONE + [sys.executable, os.path.abspath(__file__), "part", name]
+        subprocess.run(words, check=True)
     report.print_report(report.read(RESULTS))
 
 
@@ -620,6 +674,8 @@ def main():
         record()
     elif command == "run":
         run()
+    elif command == "part":
+        run_part(sys.argv[2])
     else:
         sys.exit(__doc__)
     return 0
