@@ -1289,9 +1289,9 @@ static void tcpsrv__sigpipe_block(tcpsrv__sigpipe *guard) {
     sigemptyset(&guard->mask);
     sigaddset(&guard->mask, SIGPIPE);
     sigemptyset(&pending);
-    sigpending(&pending);
-    guard->was_pending = sigismember(&pending, SIGPIPE) == 1;
     pthread_sigmask(SIG_BLOCK, &guard->mask, &guard->before);
+    guard->was_pending = sigismember(&guard->before, SIGPIPE) == 1 && /* else it would be here */
+                         sigpending(&pending) == 0 && sigismember(&pending, SIGPIPE) == 1;
 }
 
 static void tcpsrv__sigpipe_restore(tcpsrv__sigpipe *guard, int raised) {
@@ -4376,7 +4376,8 @@ enum { TCPSRV__OUTBOX_SIZE = 32768 - TCPSRV__BLOCK_HEAD };
 static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 0 };
 
 enum {
-    TCPSRV__SEND_SIZE = 262144, /* the most that one call sends: a large write yields */
+    TCPSRV__SEND_SIZE = 1048576, /* the most that one call sends: a large write yields. With a
+                                    quarter of it a download costs a third more CPU */
     TCPSRV__SEND_PIECES = 32,
     TCPSRV__GATHER_SIZE = 65536 /* queued output above which a write sends by itself */
 };

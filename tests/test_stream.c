@@ -627,11 +627,18 @@ static void order_flush(tcpsrv_stream *from, int err, void *arg) {
     note_order('f');
 }
 
+/* So that no large write goes out as a whole. */
+static void make_send_buffer_small(void) {
+    int size = 65536;
+    CHECK_INT(setsockopt(tcpsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &size, sizeof size), 0);
+}
+
 static void closing_ends_requests_flushes_and_calls_on_close_last_and_once(void) {
     char *data = patterned(BIG);
     int64_t id;
     reader peer;
     begin();
+    make_send_buffer_small();
     id = tcpsrv_id(stream);
     CHECK(tcpsrv_by_id(loop, id) == stream);
     CHECK_INT(tcpsrv_on_close(stream, closed, NULL), 0);
@@ -1001,6 +1008,7 @@ static void a_write_torn_by_lack_of_memory_ends_the_stream_with_a_reset(void) {
     size_t unsent = 0;
     ssize_t n;
     begin();
+    make_send_buffer_small();
     CHECK_INT(tcpsrv_on_close(stream, note_unsent, &unsent), 0);
     test_fail_alloc_at = 1;
     CHECK_INT(tcpsrv_write(stream, big, sizeof big), -ENOMEM);
