@@ -165,6 +165,10 @@ static int add_word(client *c, size_t at, size_t size) {
 /* Reads "*3\r\n" or "$5\r\n": its length; 0 where its end is still to come; -1 for no number. */
 static int read_header(const char *data, size_t size, int64_t *number) {
     size_t sign = size > 1 && data[1] == '-', i = sign + 1;
+    if (size > 3 && data[2] == '\r' && data[3] == '\n' && data[1] >= '0' && data[1] <= '9') {
+        *number = data[1] - '0'; /* as nearly always */
+        return 4;
+    }
     for (*number = 0; i < size && i < 12 && data[i] >= '0' && data[i] <= '9'; i++)
         *number = *number * 10 + (data[i] - '0');
     if (i < size && (i == sign + 1 || data[i] != '\r')) return -1;
