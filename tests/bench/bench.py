@@ -349,19 +349,26 @@ def summed(costs, key_of):
     return sorted(sums.items(), key=lambda item: -item[1])
 
 
-def print_lines(servers, most=10):
+def most_expensive(server, work, most=10):
+    """Rows of functions, the C library's among them, and of the library's own lines."""
     with open(HEADER) as file:
         text = [""] + file.read().split("\n")
+    costs = lines_each(server, *COUNTED[work])
+    yield {"kind": "lines", "server": server, "work": work, "of": "all",
+           "instructions": sum(costs.values())}
+    for function, cost in summed(costs, lambda key: re.sub(r"'\d+$", "", key[0]))[:most]:
+        yield {"kind": "lines", "server": server, "work": work, "of": "function",
+               "text": function, "instructions": cost}
+    lines = summed(costs, lambda key: key[1] == "tcpserver.h" and key[2])
+    for number, cost in lines[:most]:
+        yield {"kind": "lines", "server": server, "work": work, "of": "line", "number": number,
+               "text": text[number].strip(), "instructions": cost}
+
+
+def print_lines(servers):
     for server in servers:
         for work in WORK or ["50-connections"]:
-            costs = lines_each(server, *COUNTED[work])
-            print(f"\n{server}, {work}: {sum(costs.values()):.1f} instructions a request")
-            for function, cost in summed(costs, lambda key: key[0])[:most]:
-                print(f"{cost:10.1f}  {function}")
-            print("of tcpserver.h:")
-            lines = summed(costs, lambda key: key[1] == "tcpserver.h" and key[2])
-            for number, cost in lines[:most]:
-                print(f"{cost:10.1f}  {number:5}: {text[number].strip()}")
+            print("\n".join(report.lines_tables(most_expensive(server, work))), flush=True)
 
 
 # ---- kept ----------------------------------------------------------------------------------------
@@ -586,6 +593,11 @@ def keep_method():
           "network": os.environ["BENCH_NETWORK"]})
 
 
+def keep_lines(server):
+    for row in most_expensive(server, "50-connections"):
+        keep(row)
+
+
 def prepare():
     if os.path.exists(RESULTS):
         os.remove(RESULTS)
@@ -615,6 +627,9 @@ def parts_of_figures(servers):
         for server in servers:
             if server not in ("go", "node"):
                 yield f"count-{server}", lambda one: [keep(row) for row in count([one])], (server,)
+    if not WORK or "lines" in WORK:
+        for server in [server for server in servers if server in OURS]:
+            yield f"lines-of-{server}", keep_lines, (server,)
     if not WORK or "memory" in WORK:
         for server in servers:
             yield f"memory-{server}", lambda one: keep(measure_memory(one)), (server,)

@@ -181,6 +181,16 @@ def count_tables(rows):
                                                              for work in works) + " |"
 
 
+def lines_tables(rows):
+    for row in rows:
+        if row["of"] == "all":
+            yield (f"\n### Where the instructions go: {TITLES[row['work']]}, "
+                   f"{name_of(row['server'])}\n")
+            yield "| instructions a request | | |\n|---|---|---|"
+        yield (f"| {row['instructions']:.1f} | {row.get('number', row['of'])} | "
+               f"`{row.get('text', '').replace('|', chr(92) + '|')}` |".replace("`` ", ""))
+
+
 def memory_table(rows):
     yield "\n### Memory, 10,000 connections\n"
     yield "| server | bytes for each idle connection | KiB kept after all are closed |"
@@ -226,10 +236,84 @@ def lines_table(rows):
         yield f"| {size:,} | " + " | ".join(number(found.get(piece)) for piece in pieces) + " |"
 
 
+# What ours are to reach: rate at least and CPU at most, to the base's.
+RATIO_GOALS = {
+    **{work: (0.98, 1.03) for work in ("1-connection", "50-connections", "1000-connections",
+                                       "10000-connections", "16-KB-lines")},
+    "16-deep": (0.97, None), "64-deep": (0.97, None), "bulk": (1.12, None),
+    "peer-closes": (1.05, None), "server-closes": (1.05, None),
+    **{f"{one}-{depth}-deep": (1, None) for one in ("ping", "set", "get") for depth in (1, 16)},
+}
+# At most, with callbacks and with coroutines.
+COUNT_GOALS = {
+    ("50-connections", "instructions"): (200, 250), ("16-deep", "instructions"): (110, 160),
+    ("1-connection", "system_calls"): (3, 3), ("50-connections", "system_calls"): (2.05, 2.05),
+    ("16-deep", "system_calls"): (0.14, 0.14), ("peer-closes", "system_calls"): (9, 9),
+    ("server-closes", "system_calls"): (12, 12),
+}
+MEMORY_GOALS = {"ours_callbacks": 200, "ours_coroutines": 4200}
+RESUMED, RESUMED_NS = "resume and wait, by the loop", 10
+OURS = ("ours_callbacks", "ours_coroutines", "redis.c")
+
+
+def verdict(ratio, goal, at_least):
+    """Missed only where the whole interval is on the wrong side; open where it holds the goal."""
+    if (ratio[0] >= goal) if at_least else (ratio[0] <= goal):
+        return "met"
+    return "open" if ratio[1] <= goal <= ratio[2] else "missed"
+
+
+def ratio_goals(rows):
+    for work, goals in RATIO_GOALS.items():
+        loads = Loads(rows, work)
+        for server in OURS:
+            for key, goal, at_least in (("rate", goals[0], True), ("cpu_us", goals[1], False)):
+                ratio = loads.ratio(server, key) if goal else None
+                if ratio:
+                    yield (TITLES[work], server, "rate" if at_least else "CPU", ratio_text(ratio),
+                           f"at {'least' if at_least else 'most'} {goal}",
+                           verdict(ratio, goal, at_least))
+
+
+def exact_goals(rows):
+    for row in of_kind(rows, "count"):
+        for key in ("instructions", "system_calls"):
+            goals = COUNT_GOALS.get((row["work"], key))
+            if goals and row["server"] in OURS:
+                goal = goals[OURS.index(row["server"])]
+                yield (TITLES[row["work"]], row["server"], key.replace("_", " "),
+                       f"{row[key]:.2f}", f"at most {goal}",
+                       "met" if round(row[key], 2) <= goal else "missed")
+    for row in of_kind(rows, "memory"):
+        if row["server"] in MEMORY_GOALS:
+            goal = MEMORY_GOALS[row["server"]]
+            yield ("10,000 idle connections", row["server"], "bytes each", f"{row['each']:.0f}",
+                   f"at most {goal}", "met" if row["each"] <= goal else "missed")
+            yield ("10,000 connections closed", row["server"], "KiB kept",
+                   f"{row['kept'] / 1024:.0f}", "at most 1024",
+                   "met" if row["kept"] <= 1 << 20 else "missed")
+    for row in of_kind(rows, "inside"):
+        if row["figure"] == RESUMED:
+            yield ("resume and yield, hot", "ours_coroutines", "ns", f"{row['ns']:.1f}",
+                   f"at most {RESUMED_NS}", "met" if row["ns"] <= RESUMED_NS else "missed")
+
+
+def goals_table(rows):
+    found = list(ratio_goals(of_kind(rows, "load"))) + list(exact_goals(rows))
+    if not found:
+        return
+    counts = {word: sum(1 for row in found if row[-1] == word) for word in ("met", "open", "missed")}
+    yield "\n### Goals: {met} met, {open} open within the noise, {missed} missed\n".format(**counts)
+    yield "| | server | of what | measured | goal | |\n|---|---|---|---|---|---|"
+    for title, server, *rest in found:
+        yield f"| {title} | {name_of(server)} | " + " | ".join(rest) + " |"
+
+
 def method(rows):
     for row in of_kind(rows, "method"):
         yield (f"{row['processor']}, {row['cores']} cores; {row['system']}; {row['compiler']}, -O2; "
-               f"{row['versions']}. {row['rounds']} rounds, network {row['network']}.")
+               f"{row['versions']}. {row['rounds']} rounds, {row['peer_rounds']} for the peers, "
+               f"{row['redis_rounds']} for redis, network {row['network']}.")
 
 
 def tables(rows):
@@ -238,8 +322,10 @@ def tables(rows):
     yield from method(rows)
     if any(row["server"] == "raw_epoll" for row in loads):
         yield from overview(loads)
+    yield from goals_table(rows)
     if counts:
         yield from count_tables(counts)
+    yield from lines_tables(of_kind(rows, "lines"))
     if of_kind(rows, "memory"):
         yield from memory_table(of_kind(rows, "memory"))
     switches = [row for row in inside if row["figure"] != "line"]
