@@ -2817,7 +2817,6 @@ typedef struct tcpsrv__upgrade tcpsrv__upgrade;
 typedef struct tcpsrv__class {
     void (*event)(tcpsrv__source *source, int events);
     void (*run)(tcpsrv__source *source);      /* its turn on the ready list */
-    void (*flush)(tcpsrv__source *source);    /* its turn on the flush list */
     void (*drop)(tcpsrv__source *source);     /* the loop is being freed, or tcpsrv_cancel */
     void (*destroy)(tcpsrv__source *source);  /* give back its memory; NULL: begins with it */
     size_t size;                              /* of what begins with it; 0: made elsewhere */
@@ -3027,6 +3026,8 @@ TCPSRV__INLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
     loop->flush_last = source;
 }
 
+static void tcpsrv__output_step(tcpsrv__source *source); /* of a stream: nothing else flushes */
+
 /* After every callback and coroutine run. */
 TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
     while (loop->flush_first) {
@@ -3034,7 +3035,7 @@ TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
         loop->flush_first = source->flush_next;
         if (!loop->flush_first) loop->flush_last = NULL;
         source->is_flushing = 0;
-        if (!source->is_gone) source->type->flush(source);
+        if (!source->is_gone) tcpsrv__output_step(source);
     }
 }
 
@@ -3223,7 +3224,7 @@ static TCPSRV__COLD void tcpsrv__signal_destroy(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__signal_class = {
-    NULL, NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_destroy, sizeof(tcpsrv__signal_call), 1
+    NULL, NULL, tcpsrv__signal_cancel, tcpsrv__signal_destroy, sizeof(tcpsrv__signal_call), 1
 };
 
 static int tcpsrv__signal_claim(tcpsrv_loop *loop, int signo) {
@@ -3411,7 +3412,7 @@ static TCPSRV__COLD void tcpsrv__call_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__call_class = {
-    NULL, NULL, NULL, tcpsrv__call_cancel, NULL, sizeof(tcpsrv__call), 1
+    NULL, NULL, tcpsrv__call_cancel, NULL, sizeof(tcpsrv__call), 1
 };
 
 /* The first point of the grid that has not passed. */
@@ -3490,7 +3491,7 @@ static TCPSRV__COLD void tcpsrv__watch_cancel(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__watch_class = {
-    tcpsrv__watch_event, NULL, NULL, tcpsrv__watch_cancel, NULL, sizeof(tcpsrv__watch), 1
+    tcpsrv__watch_event, NULL, tcpsrv__watch_cancel, NULL, sizeof(tcpsrv__watch), 1
 };
 
 TCPSRV_IMPL int64_t tcpsrv_watch_fd(tcpsrv_loop *loop, int fd, int events, tcpsrv_watch_fn *fn,
@@ -3985,7 +3986,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__co_class = {
-    NULL, tcpsrv__co_resume, NULL, tcpsrv__co_drop, tcpsrv__co_unref, 0, 0
+    NULL, tcpsrv__co_resume, tcpsrv__co_drop, tcpsrv__co_unref, 0, 0
 };
 
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__co_class;
@@ -4179,7 +4180,7 @@ struct tcpsrv__co {
     int unused;
 };
 
-static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, NULL, 0, 0 };
+static const tcpsrv__class tcpsrv__no_class = { NULL, NULL, NULL, NULL, 0, 0 };
 static const tcpsrv__class *const tcpsrv__coroutine_class = &tcpsrv__no_class;
 
 static void tcpsrv__stack_pool_free(tcpsrv_loop *loop) {
@@ -5766,7 +5767,8 @@ static TCPSRV__APART void tcpsrv__output_result(tcpsrv_stream *stream, long n, s
 }
 
 /* One send of what is queued; the rest goes in later turns, so that a large write yields. */
-static TCPSRV__APART void tcpsrv__output_step(tcpsrv_stream *stream) {
+static TCPSRV__APART void tcpsrv__output_step(tcpsrv__source *source) {
+    tcpsrv_stream *stream = tcpsrv__stream_of(source);
     struct iovec pieces[TCPSRV__SEND_PIECES];
     tcpsrv__block *first = tcpsrv__queue_first(&stream->out);
     size_t asked;
@@ -5784,10 +5786,6 @@ static TCPSRV__APART void tcpsrv__output_step(tcpsrv_stream *stream) {
     if (stream->charged || stream->blocked) tcpsrv__recharge(stream);
     if (!stream->out.last && !tcpsrv__owes(stream)) tcpsrv__output_emptied(stream);
     else if (!stream->blocked) tcpsrv__make_ready(&stream->source);
-}
-
-static void tcpsrv__stream_flush(tcpsrv__source *source) {
-    tcpsrv__output_step(tcpsrv__stream_of(source));
 }
 
 /* Before anything is queued, so that a failure leaves nothing behind. Without output it is moot. */
@@ -5859,7 +5857,7 @@ static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *str
 static TCPSRV__COLD int tcpsrv__write_at_once(tcpsrv__write_wait *wait) {
     wait->waiter.result = tcpsrv__output_push(wait->stream, &wait->block);
     if (wait->waiter.result) return 1;
-    tcpsrv__output_step(wait->stream);
+    tcpsrv__output_step(&wait->stream->source);
     return wait->waiter.done;
 }
 
@@ -6059,7 +6057,7 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
     tcpsrv__input_drop(stream);
     if (stream->dead) return;
-    if (stream->out.last || tcpsrv__owes(stream)) tcpsrv__output_step(stream);
+    if (stream->out.last || tcpsrv__owes(stream)) tcpsrv__output_step(&stream->source);
     if (stream->dead) return;
     if (!stream->out.last && !tcpsrv__owes(stream) &&
         (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
@@ -6106,7 +6104,7 @@ static TCPSRV__COLD void tcpsrv__stream_step(tcpsrv__source *source) {
     if (stream->read_fn) tcpsrv__input_step(stream);
     if (stream->closing) tcpsrv__close_step(stream);
     else if (stream->out.last || tcpsrv__owes(stream) || stream->shut_wanted)
-        tcpsrv__output_step(stream);
+        tcpsrv__output_step(&stream->source);
     tcpsrv__run_marks(stream);
     if (stream->dead) tcpsrv__dead_step(stream);
 }
@@ -6129,7 +6127,7 @@ static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events)
     if (events & TCPSRV__EVENT_WRITE) stream->blocked = 0;
     tcpsrv__prepare(stream);
     if ((events & TCPSRV__EVENT_WRITE) && (stream->out.last || tcpsrv__owes(stream)))
-        tcpsrv__output_step(stream);
+        tcpsrv__output_step(&stream->source);
     if (stream->read_fn && !stream->cancelled && !stream->closing) tcpsrv__input_step(stream);
     if ((events & TCPSRV__EVENT_ERROR) && !stream->dead) tcpsrv__error_told(stream);
     if (stream->closing || stream->dead) tcpsrv__make_ready(&stream->source);
@@ -6341,8 +6339,7 @@ static TCPSRV__COLD void tcpsrv__stream_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__stream_class = {
-    tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_flush, tcpsrv__stream_drop,
-    tcpsrv__stream_destroy, 0, 0
+    tcpsrv__stream_event, tcpsrv__stream_step, tcpsrv__stream_drop, tcpsrv__stream_destroy, 0, 0
 };
 
 /* ---- making streams -------------------------------------------------------------------------- */
@@ -10300,7 +10297,7 @@ static TCPSRV__COLD int tcpsrv__attempt_connect(tcpsrv__race *race, int fd, int 
 static void tcpsrv__attempt_event(tcpsrv__source *source, int events);
 
 static const tcpsrv__class tcpsrv__attempt_class = {
-    tcpsrv__attempt_event, NULL, NULL, tcpsrv__attempt_drop, NULL, sizeof(tcpsrv__attempt), 0
+    tcpsrv__attempt_event, NULL, tcpsrv__attempt_drop, NULL, sizeof(tcpsrv__attempt), 0
 };
 
 /* 0, and the loop tells of it; or a code, and the descriptor is the caller's still. */
@@ -10716,7 +10713,7 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
 
 
 static const tcpsrv__class tcpsrv__server_class = {
-    NULL, NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0, 0
+    NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0, 0
 };
 
 /* ---- pausing --------------------------------------------------------------------------------- */
@@ -11251,7 +11248,7 @@ static TCPSRV__COLD void tcpsrv__listener_drop(tcpsrv__source *source) {
 }
 
 static const tcpsrv__class tcpsrv__listener_class = {
-    tcpsrv__accept_event, NULL, NULL, tcpsrv__listener_drop, NULL, sizeof(tcpsrv__listener), 0
+    tcpsrv__accept_event, NULL, tcpsrv__listener_drop, NULL, sizeof(tcpsrv__listener), 0
 };
 
 static int tcpsrv__listener_add(tcpsrv *server, int fd) {
@@ -11873,10 +11870,10 @@ static TCPSRV__COLD int tcpsrv__successor_listen(tcpsrv__successor *successor) {
 static TCPSRV__COLD void tcpsrv__listener_name(int fd, char *text, size_t size) {
     const char *passed = fd < TCPSRV__FIRST_FD ? "" : tcpsrv_systemd_name(fd - TCPSRV__FIRST_FD);
     tcpsrv_address address;
+    char port[24];
     tcpsrv__own_address(fd, &address);
-    if (*passed) snprintf(text, size, "%s", passed);
-    else if (address.path[0]) snprintf(text, size, "%s", address.path);
-    else snprintf(text, size, "%d", (int)address.port);
+    tcpsrv__print_number(port, address.port);
+    snprintf(text, size, "%s", *passed ? passed : address.path[0] ? address.path : port);
     for (; *text; text++)
         if (*text == ':' || (unsigned char)*text < ' ') *text = '_';
 }
@@ -11950,18 +11947,14 @@ static TCPSRV__COLD int tcpsrv__successor_start(tcpsrv__successor *successor, ch
     launch.argv = argv;
     launch.first = TCPSRV__FIRST_FD;
     launch.count = successor->count;
-    launch.fds = (int *)tcpsrv__alloc((size_t)successor->count * sizeof *launch.fds);
+    launch.fds = successor->fds; /* the new process changes its own copy */
     launch.environment = tcpsrv__successor_environment(successor, &launch.number);
     launch.words_fd = successor->words_fd;
     launch.name_size = sizeof launch.name;
-    err = launch.fds && launch.environment ? 0 : -ENOMEM;
-    if (!err) {
-        memcpy(launch.fds, successor->fds, (size_t)successor->count * sizeof *launch.fds);
-        err = tcpsrv__sys_name(successor->words_fd, &launch.name, &launch.name_size);
-    }
+    err = launch.environment ? tcpsrv__sys_name(successor->words_fd, &launch.name,
+                                                &launch.name_size) : -ENOMEM;
     if (!err) successor->pid = tcpsrv__sys_launch(&launch);
     if (successor->pid < 0) err = (int)successor->pid;
-    tcpsrv__free(launch.fds);
     tcpsrv__free(launch.environment);
     snprintf(successor->program, sizeof successor->program, "%.99s", argv[0]);
     successor->due = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(tcpsrv__ready_ms);
@@ -12111,7 +12104,7 @@ static TCPSRV__COLD void tcpsrv__upgrade_words(tcpsrv__source *source, int event
 }
 
 static const tcpsrv__class tcpsrv__upgrade_class = {
-    tcpsrv__upgrade_words, NULL, NULL, tcpsrv__upgrade_end, NULL, sizeof(tcpsrv__upgrade), 0
+    tcpsrv__upgrade_words, NULL, tcpsrv__upgrade_end, NULL, sizeof(tcpsrv__upgrade), 0
 };
 
 /* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
