@@ -179,6 +179,8 @@ static struct sim_state {
     int bsd;                    /* the habits of another family of kernels */
     int waits, idle_waits;      /* turns; those since anything moved */
     uint64_t accept_trouble_at; /* the last failure that may pause a listener */
+    uint64_t curve_ns;          /* that one computation on a curve takes */
+    int peers_compute;          /* then it takes none */
     int entropies;              /* how often randomness was asked for */
     int wrong_names;            /* a client wants a name that no certificate has */
     int path_exists, path_inode; /* of the one Unix socket's file */

@@ -632,7 +632,7 @@ static void secure_check_end(sim_peer *peer) {
         sim_broken(1, "peer %d: the end comes without close_notify", peer->number);
 }
 
-static void secure_step(sim_peer *peer) {
+static void secure_act(sim_peer *peer) {
     const struct sim_secure *end = peer->secure;
     if (secure_may_begin(peer) && peer->send_at <= sim.now) secure_begin(peer);
     if (secure_does_read(peer)) secure_read(peer);
@@ -647,6 +647,12 @@ static void secure_step(sim_peer *peer) {
     if (!secure_sees_end(peer)) return;
     secure_check_end(peer);
     peer_close(peer, 0);
+}
+
+static void secure_step(sim_peer *peer) {
+    sim.peers_compute = 1;
+    secure_act(peer);
+    sim.peers_compute = 0;
 }
 
 #endif
