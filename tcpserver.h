@@ -1566,6 +1566,37 @@ static void tcpsrv__sys_restore_signal(int signo) {
     TCPSRV__STORE(&tcpsrv__signal_fd[signo], 0);
 }
 
+/* ---- knowing a forked child ------------------------------------------------------------------ */
+
+static size_t tcpsrv__page_size(void) {
+    long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
+/* A page whose first byte is 1, and 0 in a forked child: what tells one without a system call. NULL
+   where the system has none. Some emulators take any advice and do nothing, also -1. */
+#if defined(MADV_WIPEONFORK)
+static TCPSRV__COLD char *tcpsrv__sys_map_mark(void) {
+    size_t size = tcpsrv__page_size();
+    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED) return NULL;
+    if (madvise(page, size, -1) == 0 || madvise(page, size, MADV_WIPEONFORK) != 0) {
+        munmap(page, size);
+        return NULL;
+    }
+    *(char *)page = 1;
+    return (char *)page;
+}
+#else
+static char *tcpsrv__sys_map_mark(void) {
+    return NULL;
+}
+#endif
+
+static void tcpsrv__sys_unmap_mark(char *mark) {
+    if (mark) munmap(mark, tcpsrv__page_size());
+}
+
 /* ---- context switch -------------------------------------------------------------------------- */
 
 /* Inline assembly in a static function: top-level assembly would break two static copies in one
@@ -1889,11 +1920,6 @@ static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__en
 #else
 #define TCPSRV__GUARD_INSTALL MADV_GUARD_INSTALL
 #endif
-
-static size_t tcpsrv__page_size(void) {
-    long size = sysconf(_SC_PAGESIZE);
-    return size > 0 ? (size_t)size : 4096;
-}
 
 static char *tcpsrv__sys_map_stacks(size_t size) {
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
@@ -2895,6 +2921,7 @@ struct tcpsrv_loop {
     uint64_t told_at;           /* and when it did that last */
     int untold;                 /* more to tell: the next turn comes within TCPSRV__TELL_MS */
     long pid;
+    char *mark;                 /* gone in a forked child; NULL: the pid tells */
     tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
     tcpsrv__block *pool[TCPSRV__CLASSES];
     unsigned pool_count[TCPSRV__CLASSES];
@@ -3584,8 +3611,8 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
 
 /* One loop at a time turns in a thread, and never in another process than its own. */
 static int tcpsrv__loop_may_turn(const tcpsrv_loop *loop) {
-    return tcpsrv__thread()->turning || loop->running || loop->pid != tcpsrv__sys_pid()
-               ? TCPSRV_EBUSY : 0;
+    int own = loop->mark ? *loop->mark : loop->pid == tcpsrv__sys_pid();
+    return tcpsrv__thread()->turning || loop->running || !own ? TCPSRV_EBUSY : 0;
 }
 
 TCPSRV_IMPL int tcpsrv_loop_run(tcpsrv_loop *loop) {
@@ -3635,6 +3662,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_new(void) {
     err = -pthread_mutex_init(&loop->post_lock, NULL);
     if (err) goto fail_poller;
     loop->pid = tcpsrv__sys_pid();
+    loop->mark = tcpsrv__sys_map_mark();
     loop->now = tcpsrv__clock_ns();
     return loop;
 fail_poller:
@@ -6887,6 +6915,7 @@ static void tcpsrv__loop_release(tcpsrv_loop *loop) {
     tcpsrv__free(loop->slots);
     tcpsrv__free(loop->heap);
     tcpsrv__free(loop->ended);
+    tcpsrv__sys_unmap_mark(loop->mark);
     tcpsrv__free(loop);
 }
 

@@ -1,5 +1,7 @@
 /* The loop: turns, timers, posted calls, signals, watches. */
 #include "support.h"
+static int pids_asked;
+#define getpid() (pids_asked++, getpid())
 #include "clock.h"
 #include "test.h"
 
@@ -144,6 +146,23 @@ static void a_forked_child_may_not_turn_its_parents_loop(void) {
     }
     CHECK(waitpid(pid, &status, 0) == pid);
     CHECK_INT(status, 0);
+    tcpsrv__sys_unmap_mark(loop->mark); /* as where the system has no such memory */
+    loop->mark = NULL;
+    pid = fork();
+    if (pid == 0) _exit(tcpsrv_loop_poll(loop, 0) == TCPSRV_EBUSY ? 0 : 1);
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK_INT(status, 0);
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    end();
+}
+
+static void poll_asks_nobody_whose_process_it_is(void) {
+    int before;
+    begin();
+    before = pids_asked;
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    CHECK_INT(tcpsrv_loop_poll(loop, 0), 0);
+    CHECK(!loop->mark || pids_asked == before);
     end();
 }
 
@@ -1338,6 +1357,7 @@ int main(int argc, char **argv) {
         TEST(stop_before_run_makes_it_return_at_once),
         TEST(run_poll_and_free_are_refused_in_callbacks),
         TEST(a_forked_child_may_not_turn_its_parents_loop),
+        TEST(poll_asks_nobody_whose_process_it_is),
         TEST(poll_with_0_does_what_is_ready_and_never_waits),
         TEST(poll_waits_as_long_as_it_may_and_no_longer_than_the_next_timer),
         TEST(timeout_tells_the_milliseconds_to_the_next_deadline),
