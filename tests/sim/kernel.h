@@ -180,6 +180,8 @@ static struct sim_state {
     int waits, idle_waits;      /* turns; those since anything moved */
     uint64_t accept_trouble_at; /* the last failure that may pause a listener */
     uint64_t curve_ns;          /* that one computation on a curve takes */
+    uint64_t computed_ns;       /* of this turn: its time stands until it is over */
+    uint64_t longest_ns;        /* turn */
     int peers_compute;          /* then it takes none */
     int entropies;              /* how often randomness was asked for */
     int wrong_names;            /* a client wants a name that no certificate has */
@@ -341,9 +343,14 @@ static void sim_moved(void) {
 
 SIM_PRIVATE int sim_clock_gettime(clockid_t clock, struct timespec *now) {
     (void)clock;
-    now->tv_sec = (time_t)(sim.now / 1000000000u);
-    now->tv_nsec = (long)(sim.now % 1000000000u);
+    now->tv_sec = (time_t)((sim.now + sim.computed_ns) / 1000000000u);
+    now->tv_nsec = (long)((sim.now + sim.computed_ns) % 1000000000u);
     return 0;
+}
+
+/* How late something may be: by the poller's grain, and by a turn. */
+static uint64_t sim_late(void) {
+    return SIM_MS(1) + sim.longest_ns;
 }
 
 /* ---- threads --------------------------------------------------------------------------------- */

@@ -210,7 +210,7 @@ static void model_quiet_secure(const model_conn *conn) {
     const sim_dir *in = &conn->link->dir[!conn->side];
     if (!conn->secure || !model_engine(conn) || conn->stream->dead) return;
     if (conn->stream->connecting && !conn->closing && conn->handshake_ms > 0 &&
-        sim.now > conn->handshake_at + SIM_MS(conn->handshake_ms + 1))
+        sim.now > conn->handshake_at + SIM_MS(conn->handshake_ms) + sim_late())
         sim_broken(2, "stream %d: its handshake outlives its time", conn->number);
     if (!conn->reading || conn->stream->connecting || in->clear != in->secure_from ||
         model_held_back(conn) || model.full)
@@ -442,8 +442,7 @@ static int model_of_server(const model_conn *conn) {
     return !conn->client;
 }
 
-/* Whether a request may end with this code: nothing is reported that has no cause. (Handshakes are
-   timed from the beginning of a turn on, in which other handshakes may have been computed.) */
+/* Whether a request may end with this code: nothing is reported that has no cause. */
 static int model_may_end(const model_conn *conn, int code) {
     switch (code) {
     case 0: return 1;
@@ -458,9 +457,8 @@ static int model_may_end(const model_conn *conn, int code) {
     case TCPSRV_EBUFFULL: return model.memory_limit && model_of_server(conn);
     case TCPSRV_ETIMEDOUT: return conn->read_due || conn->read_ms > 0 || conn->write_ms > 0 ||
                                   conn->idle_ms > 0 || conn->connect_ms > 0 || conn->closing ||
-                                  (conn->secure && sim.now + 100 * sim.curve_ns >=
-                                                       conn->handshake_at +
-                                                       SIM_MS(conn->handshake_ms));
+                                  (conn->secure && sim.now >= conn->handshake_at +
+                                                              SIM_MS(conn->handshake_ms));
     case -ENOMEM: if (sim.alloc_failed) return 1; break;
     case -EIO: if (conn->short_file) return 1; break;
     case -EPIPE: if (conn->link->is_pipe && conn->link->end[1].closed) return 1; break;
@@ -640,14 +638,14 @@ static void model_turn(void) {
 }
 
 /* Nothing can happen now, and time is about to pass: whatever could have been done must be. What is
-   due in time may be late by the poller's grain, a millisecond. */
+   due in time may be late by the poller's grain, a millisecond, and by a turn. */
 static void model_quiet_read(const model_conn *conn) {
     const sim_dir *in = &conn->link->dir[!conn->side];
     int full = model.full && model_of_server(conn);
     if (!conn->reading || model_held_back(conn)) return;
     if (conn->closing) sim_broken(2, "stream %d: a read outlives its stream", conn->number);
     if (conn->cancelled) sim_broken(2, "stream %d: a cancelled read waits", conn->number);
-    if (conn->read_due && conn->read_due + SIM_MS(1) < sim.now)
+    if (conn->read_due && conn->read_due + sim_late() < sim.now)
         sim_broken(2, "stream %d: a read outlives its deadline", conn->number);
     if (!model_is_open(conn)) sim_broken(2, "stream %d: a read of a dead stream waits",
                                          conn->number);
@@ -679,10 +677,10 @@ static void model_quiet_write(const model_conn *conn) {
 
 static void model_quiet_close(const model_conn *conn) {
     if (!conn->bound && conn->connect_ms && model_is_open(conn) &&
-        sim.now > conn->begun_at + SIM_MS(conn->connect_ms + 1))
+        sim.now > conn->begun_at + SIM_MS(conn->connect_ms) + sim_late())
         sim_broken(2, "stream %d connects beyond its deadline", conn->number);
     if (conn->closing && model_is_open(conn) &&
-        sim.now > conn->closing_at + SIM_MS(conn->close_ms + 1))
+        sim.now > conn->closing_at + SIM_MS(conn->close_ms) + sim_late())
         sim_broken(2, "stream %d is not closed in its time", conn->number);
     if (conn->closing && !model_is_open(conn) && conn->close_set && !conn->close_told)
         sim_broken(2, "stream %d: on_close was not called", conn->number);

@@ -58,8 +58,12 @@ SIM_PRIVATE sim_poller *sim_poller_at(int fd) {
 
 /* One wait, with the time going on only when nothing else can happen. */
 static int sim_block(int64_t timeout_ns, int (*collect)(void *arg), void *arg) {
-    uint64_t until = timeout_ns < 0 ? SIM_NEVER : sim.now + (uint64_t)timeout_ns, next;
+    uint64_t until, next;
     int n = sim_enter(CALL_POLLER_WAIT);
+    sim.now += sim.computed_ns;
+    if (sim.longest_ns < sim.computed_ns) sim.longest_ns = sim.computed_ns;
+    sim.computed_ns = 0;
+    until = timeout_ns < 0 ? SIM_NEVER : sim.now + (uint64_t)timeout_ns;
     model_turn();
     if (n) return sim_fail(n);
     for (;;) {

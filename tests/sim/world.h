@@ -870,7 +870,7 @@ static void world_quiet_accept(void) {
         stats.active >= tcpsrv_get_options(world.server)->max_connections)
         world.accept_since = sim.now;
     if (world.accept_since < sim.accept_trouble_at) world.accept_since = sim.accept_trouble_at;
-    if (sim.now > world.accept_since + SIM_MS(1002))
+    if (sim.now > world.accept_since + SIM_MS(1001) + sim_late())
         sim_broken(6, "%d connections wait, and there is room for them", waiting);
 }
 
@@ -885,7 +885,7 @@ static void world_quiet(void) {
         sim_broken(2, "a watched descriptor is readable, and nobody is told");
     world_quiet_accept();
     for (i = 0; i < world.timer_count; i++)
-        if (world.timers[i].used && world.timers[i].due + SIM_MS(1) < sim.now)
+        if (world.timers[i].used && world.timers[i].due + sim_late() < sim.now)
             sim_broken(2, "a timer is late");
 }
 
