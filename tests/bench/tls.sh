@@ -33,8 +33,8 @@ pem=$work/certificates/$kind.pem key=$work/certificates/$kind.key
 
 listening() { # FILE: the port that a server of ours says
     tries=100
-    until grep -q '^listening' "$1"; do
-        [ $((tries -= 1)) -gt 0 ] || { cat "$1"; exit 1; }
+    until grep -q '^listening' "$1" 2>/dev/null; do
+        [ $((tries -= 1)) -gt 0 ] || { cat "$1" >&2; exit 1; }
         sleep 0.05
     done
     sed -n 's/^listening on .*:\([0-9]*\)$/\1/p' "$1"
@@ -42,6 +42,14 @@ listening() { # FILE: the port that a server of ours says
 
 wait_for() { # PIDS...: and for nothing else
     [ $# -eq 0 ] || wait "$@" 2>/dev/null
+}
+
+answers() { # NAME PORT: waits until it does
+    tries=100
+    until curl -sk -o "$work/null" "https://127.0.0.1:$2/0"; do
+        [ $((tries -= 1)) -gt 0 ] || { echo "$1 does not answer"; exit 1; }
+        sleep 0.05
+    done
 }
 
 free_port() { # one that nobody has now
@@ -53,7 +61,7 @@ free_port() { # one that nobody has now
 }
 
 cc=${CC:-cc}
-server_core= client_core=
+server_core='' client_core=''
 if [ "$works" = latency ] && command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
     server_core='taskset -c 0' client_core='taskset -c 1'
 fi
@@ -73,6 +81,7 @@ truncate -s ${megabytes}M "$work/$((megabytes << 20))"
 (cd "$work" && exec openssl s_server -quiet -accept "$openssl_port" -cert "$pem" -key "$key" \
     -tls1_2 -WWW) >/dev/null 2>&1 &
 openssl=$! pids="$pids $!"
+answers "openssl s_server" "$openssl_port" # and has its port, before another is looked for
 
 stunnel_port=$(free_port)
 cat "$key" "$pem" >"$work/both.pem"
@@ -88,7 +97,7 @@ cert = $work/both.pem
 END
 $server_core stunnel4 "$work/stunnel.conf" >/dev/null 2>&1 &
 stunnel=$! pids="$pids $!"
-sleep 1
+answers stunnel "$stunnel_port"
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -128,7 +137,7 @@ unrationed() {
 }
 
 latency() { # NAME PORT CLIENTS
-    clients= i=0
+    clients='' i=0
     while [ $((i += 1)) -le "$3" ]; do
         $client_core openssl s_time -connect "127.0.0.1:$2" -new -time $((seconds + 1)) -tls1_2 \
             -cipher $suite >"$work/client.$i" 2>&1 &
