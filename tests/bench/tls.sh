@@ -5,8 +5,8 @@
 # counts.
 #
 # With "latency": how long 50 open streams wait for answers, each asking 10 ms after the last one
-# came, while CROWD (30) clients make full handshakes as fast as they can; the servers have one core,
-# all clients another. Beside stunnel4 and the library with its rationing of handshakes taken out.
+# came, while CROWD (30) clients make full handshakes as fast as they can; the server has one core,
+# the clients another. Beside stunnel4 and the library with its rationing of handshakes taken out.
 # openssl s_server does not take part: it serves one connection at a time.
 #
 #   BUILD=build sh tests/bench/tls.sh [ec|rsa] [latency]
