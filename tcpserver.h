@@ -1239,9 +1239,54 @@ static TCPSRV__NOINLINE long tcpsrv__sys_receive_again(int fd, void *memory, siz
     return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
+/* Where c is in so many bytes; some number not below size: nowhere. */
+static TCPSRV__NOINLINE size_t tcpsrv__find_char_within(const char *data, char c, size_t size) {
+    const char *found = (const char *)memchr(data, c, size);
+    return found ? (size_t)(found - data) : size;
+}
+
+/* The same for what is mostly short: it may look at bytes behind the end, which must be there. */
+enum { TCPSRV__FIND_BEHIND = 64 };
+#if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__)
+typedef char tcpsrv__16 __attribute__((vector_size(16)));
+
+TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) {
+    tcpsrv__16 bytes;
+    memcpy(&bytes, data, sizeof bytes);
+    return (unsigned)__builtin_ia32_pmovmskb128((tcpsrv__16)(bytes == wanted));
+}
+
+/* A bit for each of the next 64 bytes that is c. */
+TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
+    tcpsrv__16 wanted = { c, c, c, c, c, c, c, c, c, c, c, c, c, c, c, c };
+    return tcpsrv__find_in_16(data, wanted) | tcpsrv__find_in_16(data + 16, wanted) << 16 |
+           tcpsrv__find_in_16(data + 32, wanted) << 32 |
+           tcpsrv__find_in_16(data + 48, wanted) << 48;
+}
+
+#define TCPSRV__LOWEST(bits) ((unsigned)__builtin_ctzll(bits))
+#else
+TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
+    (void)data, (void)c;
+    return 0;
+}
+
+#define TCPSRV__LOWEST(bits) 0u
+#endif
+
+TCPSRV__INLINE size_t tcpsrv__find_char(const char *data, char c, size_t size) {
+    uint64_t near = tcpsrv__find_near(data, c);
+    return TCPSRV__LIKELY(near) ? TCPSRV__LOWEST(near) : tcpsrv__find_char_within(data, c, size);
+}
+
+/* Once: for a caller who tests for the usual result first, and leaves one below 0 to again. */
+TCPSRV__INLINE long tcpsrv__sys_receive_once(int fd, void *memory, size_t size) {
+    return (long)read(fd, memory, size);
+}
+
 TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
-    ssize_t n = read(fd, memory, size);
-    return TCPSRV__LIKELY(n >= 0) ? (long)n : tcpsrv__sys_receive_again(fd, memory, size);
+    long n = tcpsrv__sys_receive_once(fd, memory, size);
+    return TCPSRV__LIKELY(n >= 0) ? n : tcpsrv__sys_receive_again(fd, memory, size);
 }
 
 static TCPSRV__NOINLINE long tcpsrv__sys_send_again(int fd, const void *memory, size_t size) {
@@ -1250,9 +1295,13 @@ static TCPSRV__NOINLINE long tcpsrv__sys_send_again(int fd, const void *memory, 
     return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
-TCPSRV__INLINE long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
-    ssize_t n = send(fd, memory, size, TCPSRV__SEND_FLAGS);
-    return TCPSRV__LIKELY(n >= 0) ? (long)n : tcpsrv__sys_send_again(fd, memory, size);
+TCPSRV__INLINE long tcpsrv__sys_send_once(int fd, const void *memory, size_t size) {
+    return (long)send(fd, memory, size, TCPSRV__SEND_FLAGS);
+}
+
+static long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
+    long n = tcpsrv__sys_send_once(fd, memory, size);
+    return n >= 0 ? n : tcpsrv__sys_send_again(fd, memory, size);
 }
 
 static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
@@ -2860,7 +2909,7 @@ struct tcpsrv__source {
 };
 
 typedef struct tcpsrv__slot {
-    tcpsrv__source *source;
+    tcpsrv__source *source;     /* who is told; the loop's wake: nobody */
     uint32_t generation;
     uint32_t next;              /* free list; or what else its owner keeps here */
 } tcpsrv__slot;
@@ -2900,10 +2949,15 @@ enum { TCPSRV__TELL_MS = 100 };
 struct tcpsrv_loop {
     uint64_t now, turn;
     tcpsrv__co *current;        /* the running coroutine; NULL: a callback, or nothing */
-    tcpsrv_stream *corked;      /* the stream whose output gathers in the outbox, >>stream */
-    char *outbox_at;
-    tcpsrv__block *inbox, *outbox; /* NULL: made at the next need */
-    size_t outbox_room;
+    tcpsrv_fn *errand;          /* what it wants done on the loop's stack */
+    void *errand_arg;
+    tcpsrv_stream *corked;      /* the stream that is served straight, >>stream, */
+    tcpsrv__block *inbox;       /* NULL: made at the next need */
+    char *out_from;             /* what is written to the corked stream: from here */
+    tcpsrv__block *outbox;      /* as inbox */
+    char *out_at;               /* to here, */
+    int has_boxes;
+    size_t out_room;            /* with so many bytes free behind */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     tcpsrv__slot *slots;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
@@ -2925,7 +2979,6 @@ struct tcpsrv_loop {
     tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
     tcpsrv__block *pool[TCPSRV__CLASSES];
     unsigned pool_count[TCPSRV__CLASSES];
-    int has_boxes;
     void *links;                /* what a transport keeps for its streams */
     void (*links_free)(void *links);
     int64_t *ended;             /* ring of coroutines that nobody has joined */
@@ -2936,6 +2989,7 @@ struct tcpsrv_loop {
     tcpsrv__posted *posted_first, *posted_last;
     int post_waking;            /* a wake is on its way; under post_lock */
     tcpsrv__waker waker;
+    tcpsrv__source wake;        /* what is told of the waker's events */
     tcpsrv__poller poller;
 };
 
@@ -2960,7 +3014,7 @@ static TCPSRV__COLD int tcpsrv__source_init(tcpsrv__source *source, const tcpsrv
     uint32_t number = loop->free_slot;
     if (loop->ending) return TCPSRV_ECANCELED;
     if (!number) {
-        number = loop->slot_count ? loop->slot_count : 1; /* id 0 is the waker's */
+        number = loop->slot_count;
         if (number >= loop->slot_capacity && tcpsrv__slots_grow(loop) != 0) return -ENOMEM;
         loop->slot_count = number + 1;
         loop->slots[number].generation = 1;
@@ -2995,16 +3049,20 @@ static TCPSRV__NOINLINE tcpsrv__slot *tcpsrv__slot_of(const tcpsrv_loop *loop, i
     return slot->generation == (uint32_t)((uint64_t)id >> 32) ? slot : NULL;
 }
 
+static tcpsrv__source *tcpsrv__slot_source(const tcpsrv_loop *loop, const tcpsrv__slot *slot) {
+    return slot->source != &loop->wake ? slot->source : NULL;
+}
+
 static TCPSRV__APART tcpsrv__source *tcpsrv__source_by_id(const tcpsrv_loop *loop, int64_t id) {
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
-    return slot ? slot->source : NULL;
+    return slot ? tcpsrv__slot_source(loop, slot) : NULL;
 }
 
 /* The id is dead from now on; the slot is reused from the next turn on. */
 static TCPSRV__COLD void tcpsrv__slot_release(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__slot *slot = tcpsrv__slot_of(loop, id);
     if (!slot) return;
-    slot->source = NULL;
+    slot->source = &loop->wake;
     slot->generation = (slot->generation + 1) & 0x7fffffffu; /* ids stay positive */
     if (slot->generation == 0) slot->generation = 1;
     slot->next = loop->released_slot;
@@ -3543,14 +3601,25 @@ TCPSRV_IMPL void tcpsrv_cancel(tcpsrv_loop *loop, int64_t id) {
 
 /* ---- turns ----------------------------------------------------------------------------------- */
 
-/* Key as the poller keeps it: on kqueue it may be cut to a pointer's size. */
+/* Key as the poller keeps it: on kqueue it may be cut to a pointer's size. No slot but the waker's
+   own is meant by the waker's id. */
 static tcpsrv__source *tcpsrv__source_told(const tcpsrv_loop *loop, int64_t key) {
-    uint32_t number = (uint32_t)((uint64_t)key & 0xffffffffu);
-    tcpsrv__source *source;
-    if (number >= loop->slot_count) return NULL;
-    source = loop->slots[number].source;
-    return source && (uintptr_t)source->id == (uintptr_t)key ? source : NULL;
+    uint32_t number = (uint32_t)((uint64_t)key & 0xffffffffu); /* of a slot that was used once */
+    tcpsrv__source *source = loop->slots[number].source;
+    return (uintptr_t)source->id == (uintptr_t)key ? source : NULL;
 }
+
+/* The waker's slot is the first, so that its id is the 0 under which the pollers know it. */
+static TCPSRV__COLD void tcpsrv__wake_event(tcpsrv__source *source, int events) {
+    (void)events;
+    tcpsrv__waker_drain(&source->loop->waker);
+    tcpsrv__run_signals(source->loop);
+    tcpsrv__run_posted(source->loop);
+}
+
+static const tcpsrv__class tcpsrv__wake_class = {
+    tcpsrv__wake_event, NULL, NULL, NULL, 0, 0
+};
 
 static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
     tcpsrv__source *source;
@@ -3558,12 +3627,6 @@ static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
     int i, events;
     for (i = 0; i < count; i++) {
         events = tcpsrv__poller_event(&loop->poller, i, &id);
-        if (id == 0) {
-            tcpsrv__waker_drain(&loop->waker);
-            tcpsrv__run_signals(loop);
-            tcpsrv__run_posted(loop);
-            continue;
-        }
         source = tcpsrv__source_told(loop, id);
         if (!source) continue;
         source->type->event(source, events);
@@ -3659,12 +3722,17 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_new(void) {
     if (err) goto fail;
     err = tcpsrv__poller_open(&loop->poller, loop->waker.read_fd);
     if (err) goto fail_waker;
-    err = -pthread_mutex_init(&loop->post_lock, NULL);
+    err = tcpsrv__source_init(&loop->wake, &tcpsrv__wake_class, loop, loop->waker.read_fd);
     if (err) goto fail_poller;
+    loop->wake.id = 0;
+    err = -pthread_mutex_init(&loop->post_lock, NULL);
+    if (err) goto fail_slots;
     loop->pid = tcpsrv__sys_pid();
     loop->mark = tcpsrv__sys_map_mark();
     loop->now = tcpsrv__clock_ns();
     return loop;
+fail_slots:
+    tcpsrv__free(loop->slots);
 fail_poller:
     tcpsrv__poller_close(&loop->poller);
 fail_waker:
@@ -3694,7 +3762,7 @@ TCPSRV__INLINE tcpsrv_loop *tcpsrv__loop_here(void) {
    its maker wants beside it (a server: the stream), lie at the top of its stack: an idle one has
    one page.
 
-   Waiting is one mechanism: a tcpsrv__waiter lives on the waiting stack, its done is set from the
+   Waiting is one mechanism: a tcpsrv__waiter lives on the waiting stack, its result comes from the
    loop, and then whoever waits goes on: a coroutine by the ready list, a call from outside by the
    turns that it makes meanwhile. */
 
@@ -3702,9 +3770,20 @@ typedef struct tcpsrv__waiter tcpsrv__waiter;
 struct tcpsrv__waiter {
     tcpsrv__co *co;             /* NULL: outside a coroutine */
     void (*cancel)(tcpsrv__waiter *waiter); /* take it from where it waits: the loop ends */
-    int done;
-    int result;
+    int result;                 /* or TCPSRV__WAITING */
 };
+
+#define TCPSRV__WAITING INT_MIN
+
+static void tcpsrv__waiter_init(tcpsrv__waiter *waiter, void (*cancel)(tcpsrv__waiter *waiter)) {
+    waiter->co = NULL;
+    waiter->cancel = cancel;
+    waiter->result = TCPSRV__WAITING;
+}
+
+TCPSRV__INLINE int tcpsrv__waits(const tcpsrv__waiter *waiter) {
+    return waiter->result == TCPSRV__WAITING;
+}
 
 enum {
     TCPSRV__ENDING_CALLS = 1000, /* that a coroutine may make while its loop is being freed */
@@ -3734,8 +3813,6 @@ typedef struct tcpsrv__slab {
 
 struct tcpsrv__stack_pool {
     tcpsrv__context main;       /* the loop's own */
-    tcpsrv_fn *errand;          /* what a coroutine wants done on the loop's stack */
-    void *errand_arg;
     tcpsrv__slab *with_idle, *full;
     size_t idle_count, warm_count, page;
     const void *main_bottom;    /* for ASan */
@@ -3896,8 +3973,8 @@ static TCPSRV__COLD void tcpsrv__stack_return(tcpsrv__stack_pool *pool, tcpsrv__
 /* ---- switching ------------------------------------------------------------------------------- */
 
 /* From the running coroutine back to the loop, until it is resumed. */
-TCPSRV__INLINE void tcpsrv__co_leave(tcpsrv__co *co) {
-    tcpsrv__stack_pool *pool = co->source.loop->stacks;
+TCPSRV__INLINE void tcpsrv__co_leave(tcpsrv_loop *loop, tcpsrv__co *co) {
+    tcpsrv__stack_pool *pool = loop->stacks;
     TCPSRV__ASAN_LEAVE(co->ended ? NULL : &co->fake, pool->main_bottom, pool->main_size);
     TCPSRV__TSAN_GO(pool->main_fiber);
     tcpsrv__switch(&co->context, &pool->main);
@@ -3906,8 +3983,10 @@ TCPSRV__INLINE void tcpsrv__co_leave(tcpsrv__co *co) {
 
 /* Where it is seldom done. */
 static TCPSRV__APART void tcpsrv__co_leave_rarely(tcpsrv__co *co) {
-    tcpsrv__co_leave(co);
+    tcpsrv__co_leave(co->source.loop, co);
 }
+
+static void tcpsrv__co_end(void *arg);
 
 static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context *to) {
     tcpsrv__co *co = TCPSRV__CONTAINER(tcpsrv__co, context, to);
@@ -3916,22 +3995,9 @@ static TCPSRV__COLD void tcpsrv__co_main(tcpsrv__context *from, tcpsrv__context 
                        &co->source.loop->stacks->main_size);
     co->result = co->fn(co->arg);
     co->ended = 1;
+    co->source.loop->errand = tcpsrv__co_end;
+    co->source.loop->errand_arg = co;
     for (;;) tcpsrv__co_leave_rarely(co); /* nobody resumes a coroutine that has ended */
-}
-
-/* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
-TCPSRV__INLINE void tcpsrv__co_switch(tcpsrv__co *co) {
-    tcpsrv__stack_pool *pool = co->source.loop->stacks;
-    TCPSRV__TSAN_FROM(pool->main_fiber);
-    for (;;) {
-        TCPSRV__ASAN_LEAVE(&pool->main_fake, co->stack, co->slab->stack_size);
-        TCPSRV__TSAN_GO(co->fiber);
-        tcpsrv__switch(&pool->main, &co->context);
-        TCPSRV__ASAN_ENTER(pool->main_fake, NULL, NULL);
-        if (TCPSRV__LIKELY(!pool->errand)) return;
-        pool->errand(pool->errand_arg);
-        pool->errand = NULL;
-    }
 }
 
 static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__source *source) {
@@ -3973,28 +4039,52 @@ static TCPSRV__COLD void tcpsrv__co_keep_result(tcpsrv__co *co) {
         loop->ended_count--;
     }
     loop->ended[(loop->ended_first + loop->ended_count++) % loop->ended_capacity] = co->source.id;
-    slot->source = NULL;
+    slot->source = &loop->wake;
     slot->next = (uint32_t)co->result;
     co->source.id = 0;
 }
 
-static TCPSRV__COLD void tcpsrv__co_end(tcpsrv__co *co) {
+static TCPSRV__COLD void tcpsrv__co_end(void *arg) {
+    tcpsrv__co *co = (tcpsrv__co *)arg;
     if (co->on_end) co->on_end(co);
     else if (co->joiner) tcpsrv__waiter_done(co->joiner, co->result);
     else if (!co->source.loop->ending) tcpsrv__co_keep_result(co);
     tcpsrv__source_end(&co->source);
 }
 
-TCPSRV__INLINE void tcpsrv__co_resume_here(tcpsrv__co *co) {
-    tcpsrv_loop *loop = co->source.loop;
+TCPSRV__INLINE void tcpsrv__co_enter(tcpsrv__stack_pool *pool, tcpsrv__co *co) {
+    TCPSRV__ASAN_LEAVE(&pool->main_fake, co->stack, co->slab->stack_size);
+    TCPSRV__TSAN_GO(co->fiber);
+    tcpsrv__switch(&pool->main, &co->context);
+    TCPSRV__ASAN_ENTER(pool->main_fake, NULL, NULL);
+}
+
+/* What it came back for other than to wait: it goes on then, or has ended. */
+static TCPSRV__APART void tcpsrv__co_errands(tcpsrv_loop *loop) {
+    tcpsrv__stack_pool *pool = loop->stacks;
+    tcpsrv__co *co = loop->current;
+    while (loop->errand) {
+        tcpsrv_fn *errand = loop->errand;
+        loop->errand = NULL;
+        if (co->ended) loop->current = NULL;
+        errand(loop->errand_arg);
+        if (!loop->current) return;
+        tcpsrv__co_enter(pool, co);
+    }
+}
+
+/* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
+TCPSRV__INLINE void tcpsrv__co_resume_here(tcpsrv_loop *loop, tcpsrv__co *co) {
+    tcpsrv__stack_pool *pool = loop->stacks;
     loop->current = co;
-    tcpsrv__co_switch(co);
+    TCPSRV__TSAN_FROM(pool->main_fiber);
+    tcpsrv__co_enter(pool, co);
+    if (!TCPSRV__LIKELY(!loop->errand)) tcpsrv__co_errands(loop);
     loop->current = NULL;
-    if (co->ended) tcpsrv__co_end(co);
 }
 
 static TCPSRV__NOINLINE void tcpsrv__co_resume(tcpsrv__source *source) {
-    tcpsrv__co_resume_here(TCPSRV__CONTAINER(tcpsrv__co, source, source));
+    tcpsrv__co_resume_here(source->loop, TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
 /* The loop is being freed: it unwinds, each further wait refused; one that does not want to end is
@@ -4005,7 +4095,7 @@ static TCPSRV__COLD void tcpsrv__co_drop(tcpsrv__source *source) {
         tcpsrv__source_end(source);
         return;
     }
-    if (co->waiter && !co->waiter->done) co->waiter->cancel(co->waiter);
+    if (co->waiter && tcpsrv__waits(co->waiter)) co->waiter->cancel(co->waiter);
     tcpsrv__co_resume(source);
     if (co->ended) return;
     tcpsrv__log(NULL, TCPSRV_LOG_ERROR, "a coroutine waits in a freed loop: left");
@@ -4026,7 +4116,7 @@ static size_t tcpsrv__stack_round(size_t size) {
     return (size + page - 1) / page * page;
 }
 
-/* With beside bytes at the very top of its stack, zeroed, which hold a reference of their own. Not
+/* With beside bytes at the very top of its stack, which hold a reference of their own; not
    started. */
 static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
                                   void **memory) {
@@ -4040,7 +4130,7 @@ static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_s
     if (!stack) return NULL;
     TCPSRV__STACK_FRESH(stack, size);
     top = stack + size - room;
-    if (memory) *memory = memset(top, 0, room);
+    if (memory) *memory = top;
     top -= (sizeof *co + 63) / 64 * 64;
     co = (tcpsrv__co *)(void *)top;
     memset(co, 0, sizeof *co);
@@ -4062,24 +4152,22 @@ static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
         fn(arg);
         return;
     }
-    loop->stacks->errand = fn;
-    loop->stacks->errand_arg = arg;
+    loop->errand = fn;
+    loop->errand_arg = arg;
     tcpsrv__co_leave_rarely(loop->current);
 }
 
 /* ---- waiting --------------------------------------------------------------------------------- */
 
 static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
-    waiter->done = 1;
     waiter->result = result;
     if (waiter->co) tcpsrv__make_ready(&waiter->co->source);
 }
 
 /* As done, but the coroutine runs now: only from the loop, as the last thing that is done there. */
-TCPSRV__INLINE void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
-    waiter->done = 1;
+TCPSRV__INLINE void tcpsrv__waiter_resume(tcpsrv_loop *loop, tcpsrv__waiter *waiter, int result) {
     waiter->result = result;
-    if (waiter->co) tcpsrv__co_resume_here(waiter->co);
+    if (waiter->co) tcpsrv__co_resume_here(loop, waiter->co);
 }
 
 /* Whether a call may wait here: 0 or the code to return. */
@@ -4093,11 +4181,12 @@ static int tcpsrv__may_wait(tcpsrv_loop *loop) {
     return tcpsrv__loop_may_turn(loop) ? TCPSRV_ENOTCORO : 0;
 }
 
-TCPSRV__INLINE void tcpsrv__wait_in(tcpsrv__co *co, tcpsrv__waiter *waiter) {
-    waiter->co = co;
-    co->waiter = waiter;
-    while (!waiter->done) tcpsrv__co_leave(co);
-    co->waiter = NULL;
+TCPSRV__INLINE void tcpsrv__wait_begin(tcpsrv__waiter *waiter) {
+    waiter->co->waiter = waiter;
+}
+
+static void tcpsrv__wait_on(const tcpsrv__waiter *waiter) {
+    while (tcpsrv__waits(waiter)) tcpsrv__co_leave_rarely(waiter->co);
 }
 
 /* Waits until the waiter is done. Outside a coroutine a stop or a failing poller cancels it. */
@@ -4106,13 +4195,15 @@ static int tcpsrv__wait(tcpsrv_loop *loop, tcpsrv__waiter *waiter) {
     int err = 0;
     waiter->co = co;
     if (co) {
-        tcpsrv__wait_in(co, waiter);
+        tcpsrv__wait_begin(waiter);
+        tcpsrv__wait_on(waiter);
+        co->waiter = NULL;
         return waiter->result;
     }
     loop->running = 1;
-    while (!waiter->done && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
+    while (tcpsrv__waits(waiter) && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
     loop->running = loop->stopping = 0;
-    if (!waiter->done) waiter->cancel(waiter);
+    if (tcpsrv__waits(waiter)) waiter->cancel(waiter);
     return waiter->result;
 }
 
@@ -4129,7 +4220,6 @@ TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *
 }
 
 static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
-    waiter->done = 1;
     waiter->result = TCPSRV_ECANCELED;
 }
 
@@ -4157,7 +4247,7 @@ static int tcpsrv__join_running(tcpsrv_loop *loop, tcpsrv__co *co) {
     if (!err && (co->joiner || co->on_end)) err = TCPSRV_EBUSY;
     if (err) return tcpsrv__fail(err, "join", NULL);
     memset(&wait, 0, sizeof wait);
-    wait.waiter.cancel = tcpsrv__join_cancel;
+    tcpsrv__waiter_init(&wait.waiter, tcpsrv__join_cancel);
     wait.awaited = co;
     co->joiner = &wait.waiter;
     return tcpsrv__wait(loop, &wait.waiter);
@@ -4167,7 +4257,7 @@ TCPSRV_IMPL int tcpsrv_join(int64_t id) {
     tcpsrv_loop *loop = tcpsrv__loop_here();
     tcpsrv__slot *slot = loop ? tcpsrv__slot_of(loop, id) : NULL;
     if (!slot) return tcpsrv__fail(-ESRCH, "join", NULL);
-    if (!slot->source) return tcpsrv__join_ended(loop, id, slot);
+    if (slot->source == &loop->wake) return tcpsrv__join_ended(loop, id, slot);
     if (slot->source->type != &tcpsrv__co_class) return tcpsrv__fail(-ESRCH, "join", NULL);
     return tcpsrv__join_running(loop, TCPSRV__CONTAINER(tcpsrv__co, source, slot->source));
 }
@@ -4182,7 +4272,7 @@ TCPSRV_HOT void tcpsrv_wake(tcpsrv_loop *loop, int64_t id) {
     tcpsrv__co *co;
     if (!source || source->type != &tcpsrv__co_class) return;
     co = TCPSRV__CONTAINER(tcpsrv__co, source, source);
-    if (co->parked && !co->waiter->done) tcpsrv__waiter_done(co->waiter, 0);
+    if (co->parked && tcpsrv__waits(co->waiter)) tcpsrv__waiter_done(co->waiter, 0);
     else co->token = 1;
 }
 
@@ -4221,16 +4311,29 @@ static void tcpsrv__on_loop_stack(tcpsrv_loop *loop, tcpsrv_fn *fn, void *arg) {
 }
 
 static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result) {
-    waiter->done = 1;
     waiter->result = result;
 }
 
-static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
+static void tcpsrv__waiter_resume(tcpsrv_loop *loop, tcpsrv__waiter *waiter, int result) {
+    (void)loop;
     tcpsrv__waiter_done(waiter, result);
 }
 
-static void tcpsrv__wait_in(tcpsrv__co *co, tcpsrv__waiter *waiter) {
-    (void)co, (void)waiter;
+
+static void tcpsrv__co_leave(tcpsrv_loop *loop, tcpsrv__co *co) {
+    (void)loop, (void)co;
+}
+
+static void tcpsrv__wait_begin(tcpsrv__waiter *waiter) {
+    (void)waiter;
+}
+
+static void tcpsrv__wait_on(const tcpsrv__waiter *waiter) {
+    (void)waiter;
+}
+
+static void tcpsrv__co_resume_here(tcpsrv_loop *loop, tcpsrv__co *co) {
+    (void)loop, (void)co;
 }
 
 static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
@@ -4244,9 +4347,9 @@ static int tcpsrv__may_wait(tcpsrv_loop *loop) {
 static int tcpsrv__wait(tcpsrv_loop *loop, tcpsrv__waiter *waiter) {
     int err = 0;
     loop->running = 1;
-    while (!waiter->done && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
+    while (tcpsrv__waits(waiter) && !loop->stopping && !err) err = tcpsrv__loop_turn(loop, -1);
     loop->running = loop->stopping = 0;
-    if (!waiter->done) waiter->cancel(waiter);
+    if (tcpsrv__waits(waiter)) waiter->cancel(waiter);
     return waiter->result;
 }
 
@@ -4295,7 +4398,7 @@ typedef struct tcpsrv__timed_wait {
 static TCPSRV__COLD void tcpsrv__timed_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv__timed_wait *wait = TCPSRV__CONTAINER(tcpsrv__timed_wait, timer, timer);
     (void)loop;
-    if (!wait->waiter.done) tcpsrv__waiter_done(&wait->waiter, wait->timeout_result);
+    if (tcpsrv__waits(&wait->waiter)) tcpsrv__waiter_done(&wait->waiter, wait->timeout_result);
 }
 
 /* Of a call that means the loop here, which is in *loop then. */
@@ -4311,7 +4414,7 @@ static TCPSRV__COLD int tcpsrv__wait_timed(tcpsrv_loop *loop, tcpsrv__timed_wait
     uint64_t due = timeout_ms < 0 ? 0 : tcpsrv__clock_ns() + tcpsrv__ms_to_ns(timeout_ms);
     int result;
     memset(wait, 0, sizeof *wait);
-    wait->waiter.cancel = tcpsrv__cancel_plain;
+    tcpsrv__waiter_init(&wait->waiter, tcpsrv__cancel_plain);
     wait->timeout_result = timeout_result;
     wait->timer.fire = tcpsrv__timed_fire;
     if (due && tcpsrv__timer_arm(loop, &wait->timer, due) != 0) return -ENOMEM;
@@ -4355,7 +4458,7 @@ TCPSRV_IMPL int tcpsrv_park(int64_t timeout_ms) {
 static TCPSRV__COLD void tcpsrv__wait_fd_told(int fd, int events, void *arg) {
     tcpsrv__waiter *waiter = (tcpsrv__waiter *)arg;
     (void)fd;
-    if (!waiter->done) tcpsrv__waiter_done(waiter, events);
+    if (tcpsrv__waits(waiter)) tcpsrv__waiter_done(waiter, events);
 }
 
 TCPSRV_IMPL int tcpsrv_wait_fd(int fd, int events, int64_t timeout_ms) {
@@ -4392,16 +4495,14 @@ enum {
     TCPSRV__POOL_NONE = -1,     /* freed when it is given back */
     TCPSRV__POOL_HOME = -2,     /* part of a larger object: stays where it is */
     TCPSRV__POOL_INBOX = -3,    /* the loop's: a stream has it only while it is served straight */
-    TCPSRV__POOL_OUTPUT = 1,    /* for what one run writes, */
-    TCPSRV__POOL_OUTBOX = 3,    /* also while it is corked */
-    TCPSRV__POOL_INPUT = 4,     /* for one receive, */
+    TCPSRV__POOL_OUTPUT = 1,    /* for what one run writes */
+    TCPSRV__POOL_INPUT = 4,     /* for one receive, and what is written while corked, */
     TCPSRV__POOL_BULK = 5       /* and for one that filled it before */
 };
 static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
     512, 2048, 8192, 32768, 65536, 262144
 };
 enum { TCPSRV__BLOCK_HEAD = sizeof(struct tcpsrv__block) + 1 }; /* and room for a final NUL */
-enum { TCPSRV__OUTBOX_SIZE = 32768 - TCPSRV__BLOCK_HEAD };
 static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 0 };
 
 enum {
@@ -4684,6 +4785,13 @@ static TCPSRV__COLD void tcpsrv__queue_trim(tcpsrv_loop *loop, tcpsrv__queue *qu
    else in step, which does for a stream whatever its flags say is due, in the order that the
    contract of tcpsrv_close names. */
 
+/* How an event of bytes is served, where nothing but a read of its stream waits. */
+enum {
+    TCPSRV__LANE_LONG,          /* by all that step looks at */
+    TCPSRV__LANE_LINE,          /* callbacks, for lines */
+    TCPSRV__LANE_OWN,           /* the stream's own coroutine, for a line */
+    TCPSRV__LANE_OTHER          /* whoever waits, for bytes */
+};
 enum {
     TCPSRV__BURST = 200,            /* messages served from the buffer before others have a turn */
     TCPSRV__LINGER_SIZE = 65536,
@@ -4703,7 +4811,8 @@ typedef struct tcpsrv__transport {
 /* What streams of one server have in common; a stream without a server has one of its own. */
 typedef struct tcpsrv__owner {
     size_t gather_max;              /* queued output up to which a write only gathers */
-    size_t receive_max;             /* of one receive into a block of the usual size */
+    size_t receive_max;             /* of one receive into a block of the usual size, */
+    size_t receive_last;            /* less one */
     uint64_t idle_ns, close_ns;
     int draining;                   /* 2: also what has not had a message yet */
     int full;                       /* at memory_limit: nothing is received, */
@@ -4782,13 +4891,13 @@ struct tcpsrv_stream { /* what is used most comes first: there instructions are 
     unsigned peer_kind : 2;         /* as tcpsrv__families */
     uint16_t receive_turn;
     int16_t error;                  /* why it is dead */
-    uint8_t burst, want_kind;
+    uint8_t burst, want_kind, lane;
     uint16_t peer_port;
     uint32_t charged;               /* what it holds, in units */
     tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
     tcpsrv_extent want;
     size_t progress;                /* bytes searched, or filled, or the length that is awaited */
-    size_t want_max;
+    size_t want_last;               /* the most bytes that may be, less one; SIZE_MAX: default */
     void *want_memory, *read_arg, *user;
     uint32_t since;                 /* the turn since when it holds something */
     uint32_t peer_ip;               /* IPv4; of IPv6 the zone, its address lies behind the stream */
@@ -4799,12 +4908,31 @@ typedef struct tcpsrv__stream6 {    /* what every stream of an IPv6 peer is part
     unsigned char ip[16];
 } tcpsrv__stream6;
 
-enum { TCPSRV__HOME_SIZE = 512 - TCPSRV__BLOCK_HEAD };
+/* Where a failure is, copied before a wait: the stream may be gone after it. */
+typedef struct tcpsrv__place {
+    tcpsrv_loop *loop;
+    int64_t id;
+    tcpsrv__peer_name peer;
+} tcpsrv__place;
+
+/* A read that a waiting call made, >>waiting. */
+typedef struct tcpsrv__read_wait {
+    tcpsrv__waiter waiter;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes *bytes;        /* the caller's */
+    tcpsrv__place place;        /* of a failed read */
+} tcpsrv__read_wait;
+
+enum { /* of one receive, and with the head of its block */
+    TCPSRV__HOME_SIZE = 1088,
+    TCPSRV__HOME_TOTAL = TCPSRV__HOME_SIZE + TCPSRV__FIND_BEHIND + TCPSRV__BLOCK_HEAD
+};
 
 typedef struct tcpsrv__hosted {     /* at the top of a coroutine's stack, in its one page */
     tcpsrv__stream6 base;
+    tcpsrv__read_wait await;        /* of the stream's own coroutine, for lines */
     tcpsrv__block home;             /* for small messages, its bytes behind it */
-    char home_bytes[TCPSRV__HOME_SIZE + 1];
+    char home_bytes[TCPSRV__HOME_TOTAL - sizeof(tcpsrv__block)];
 } tcpsrv__hosted;
 
 TCPSRV__INLINE tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
@@ -4813,6 +4941,14 @@ TCPSRV__INLINE tcpsrv_stream *tcpsrv__stream_of(tcpsrv__source *source) {
 
 TCPSRV__INLINE tcpsrv__block *tcpsrv__home_of(tcpsrv_stream *stream) {
     return &((tcpsrv__hosted *)(void *)stream)->home;
+}
+
+TCPSRV__INLINE char *tcpsrv__home_bytes_of(tcpsrv_stream *stream) {
+    return ((tcpsrv__hosted *)(void *)stream)->home_bytes;
+}
+
+TCPSRV__INLINE tcpsrv__read_wait *tcpsrv__await_of(tcpsrv_stream *stream) {
+    return &((tcpsrv__hosted *)(void *)stream)->await;
 }
 
 static const uint16_t tcpsrv__families[4] = { 0, AF_INET, AF_INET6, AF_UNIX };
@@ -4850,13 +4986,6 @@ static TCPSRV__COLD void tcpsrv__set_peer(tcpsrv_stream *stream, const tcpsrv_ad
     stream->peer_ip = address->scope_id;
     memcpy(((tcpsrv__stream6 *)(void *)stream)->ip, address->ip, sizeof address->ip);
 }
-
-/* Where a failure is, copied before a wait: the stream may be gone after it. */
-typedef struct tcpsrv__place {
-    tcpsrv_loop *loop;
-    int64_t id;
-    tcpsrv__peer_name peer;
-} tcpsrv__place;
 
 static TCPSRV__COLD tcpsrv__place tcpsrv__place_of(const tcpsrv_stream *stream) {
     tcpsrv__place place;
@@ -5016,17 +5145,45 @@ static TCPSRV__COLD int tcpsrv__handshake_deadline(tcpsrv_stream *stream) {
 
 /* ---- the cork -------------------------------------------------------------------------------- */
 
-/* A stream that the loop serves straight from its event is corked: what is written to it gathers in
-   the loop's outbox, and leaves from there when the event is done, without ever being queued.
-   Whatever else has to do with a stream's output uncorks it first. */
+/* A stream that the loop serves straight from its event is corked: what is written to it leaves
+   when the event is done, without ever being queued. Bytes of the messages that are looked at stay
+   where they are, as long as they are written one behind the other: whoever moves, overwrites or
+   gives up input lets them leave it first. Anything else gathers in the loop's outbox. Whatever
+   else has to do with a stream's output uncorks it first. */
+
+/* size bytes at data may be written as they are. */
+TCPSRV__INLINE void tcpsrv__cork(tcpsrv_loop *loop, tcpsrv_stream *stream, char *data,
+                                 size_t size) {
+    loop->corked = stream;
+    loop->out_from = loop->out_at = data;
+    loop->out_room = size;
+}
+
+/* From here on what is written gathers in the outbox, behind what has been written so far: that
+   was received in one piece, for which it is large enough. */
+static TCPSRV__NOINLINE void tcpsrv__gather(tcpsrv_loop *loop) {
+    tcpsrv__block *box = loop->outbox;
+    size_t size = (size_t)(loop->out_at - loop->out_from);
+    if (loop->out_from == box->data) return;
+    memcpy(box->data, loop->out_from, size);
+    loop->out_from = box->data;
+    loop->out_at = box->data + size;
+    loop->out_room = box->capacity - size;
+}
+
+/* Before input is moved, overwritten or given up. */
+static TCPSRV__NOINLINE void tcpsrv__leave_input(const tcpsrv_stream *stream) {
+    if (stream->source.loop->corked == stream) tcpsrv__gather(stream->source.loop);
+}
 
 static TCPSRV__APART void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     tcpsrv_stream *stream = loop->corked;
     tcpsrv__block *box = loop->outbox;
     loop->corked = NULL;
+    if (loop->out_at == loop->out_from) return;
+    tcpsrv__gather(loop);
     box->begin = 0;
-    box->end = (size_t)(loop->outbox_at - box->data);
-    if (!box->end) return;
+    box->end = (size_t)(loop->out_at - box->data);
     loop->outbox = NULL;
     loop->has_boxes = 0;
     tcpsrv__queue_push(&stream->out, box);
@@ -5041,23 +5198,14 @@ static TCPSRV__APART void tcpsrv__uncork_it(const tcpsrv_stream *stream) {
     tcpsrv__uncork(stream);
 }
 
-TCPSRV__INLINE void tcpsrv__outbox_clear(tcpsrv_loop *loop, const tcpsrv__block *box) {
-    loop->outbox_at = box->data;
-    loop->outbox_room = TCPSRV__OUTBOX_SIZE;
-}
-
-/* Both boxes there, and the outbox empty; else 0. */
-static TCPSRV__APART int tcpsrv__boxes_make(tcpsrv_loop *loop) {
+/* Where one is missing the next event goes the long way, which makes it. */
+static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
     if (!loop->inbox) {
         loop->inbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
         if (loop->inbox) loop->inbox->pool = TCPSRV__POOL_INBOX;
     }
-    if (!loop->outbox) {
-        loop->outbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_OUTBOX);
-    }
+    if (!loop->outbox) loop->outbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
     loop->has_boxes = loop->inbox && loop->outbox;
-    if (loop->has_boxes) tcpsrv__outbox_clear(loop, loop->outbox);
-    return loop->has_boxes;
 }
 
 /* ---- what a stream holds --------------------------------------------------------------------- */
@@ -5100,7 +5248,10 @@ static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
 /* ---- life ------------------------------------------------------------------------------------ */
 
 TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
-    if (stream->in) tcpsrv__block_give(stream->source.loop, stream->in);
+    if (stream->in) {
+        tcpsrv__leave_input(stream);
+        tcpsrv__block_give(stream->source.loop, stream->in);
+    }
     stream->in = NULL;
     stream->viewed = 0;
     if (stream->charged) tcpsrv__recharge(stream);
@@ -5175,6 +5326,11 @@ typedef struct tcpsrv__regex_search {
     int64_t end;
 } tcpsrv__regex_search;
 
+static size_t tcpsrv__want_max(const tcpsrv_stream *stream) {
+    size_t most = stream->want_last + 1;
+    return most ? most : stream->owner->options.max_buffer_size;
+}
+
 static TCPSRV__COLD void tcpsrv__regex_errand(void *arg) {
     tcpsrv__regex_search *search = (tcpsrv__regex_search *)arg;
     search->end = tcpsrv__sys_regex_end(search->regex, search->data, search->size);
@@ -5184,7 +5340,7 @@ static TCPSRV__COLD void tcpsrv__regex_errand(void *arg) {
 static TCPSRV__COLD int64_t tcpsrv__match_regex(tcpsrv_stream *stream, char *data, size_t size) {
     tcpsrv__regex_search search;
     int last = !stream->readable || stream->eof || stream->dead || stream->owner->full ||
-               size > stream->want_max;
+               size > tcpsrv__want_max(stream);
     if (size == stream->progress || (!last && size < 2 * stream->progress)) return 0;
     search.regex = stream->want_memory;
     search.data = data;
@@ -5220,7 +5376,7 @@ static int64_t tcpsrv__match_frame(tcpsrv_stream *stream, const char *data, size
     if (stream->progress == ~size) return 0;
     if (!end) end = stream->want.find_end(data, size, stream->want_memory);
     if (end < 0) return TCPSRV_EREFUSED;
-    if ((uint64_t)end > stream->want_max) return TCPSRV_ETOOBIG;
+    if ((uint64_t)end > tcpsrv__want_max(stream)) return TCPSRV_ETOOBIG;
     stream->progress = end ? (size_t)end : ~size;
     return (size_t)end <= size ? end : 0;
 }
@@ -5228,12 +5384,12 @@ static int64_t tcpsrv__match_frame(tcpsrv_stream *stream, const char *data, size
 /* Kinds that need no search for an end within max. *empty: an empty message is there. */
 static TCPSRV__COLD int64_t tcpsrv__match_size(const tcpsrv_stream *stream, size_t size,
                                                int *empty) {
-    size_t wanted = stream->want.size;
+    size_t wanted = stream->want.size, most = tcpsrv__want_max(stream);
     switch (stream->want_kind) {
-    case TCPSRV__WANT_SOME: return (int64_t)(size < stream->want_max ? size : stream->want_max);
+    case TCPSRV__WANT_SOME: return (int64_t)(size < most ? size : most);
     case TCPSRV__WANT_READY: *empty = !stream->connecting && !stream->dead; return 0;
     case TCPSRV__WANT_CLOSE:
-        if (size > stream->want_max) return TCPSRV_ETOOBIG;
+        if (size > most) return TCPSRV_ETOOBIG;
         *empty = stream->eof && !size;
         return stream->eof ? (int64_t)size : 0;
     default:
@@ -5247,6 +5403,7 @@ static TCPSRV__NOINLINE int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty)
     tcpsrv__block *in = stream->in;
     char *data = in ? in->data + in->begin : NULL;
     size_t size = in ? tcpsrv__block_size(in) : 0;
+    size_t most = tcpsrv__want_max(stream);
     int64_t end = 0;
     if (stream->want_kind >= TCPSRV__WANT_SOME) return tcpsrv__match_size(stream, size, empty);
     if (!size) return 0;
@@ -5254,7 +5411,7 @@ static TCPSRV__NOINLINE int64_t tcpsrv__match(tcpsrv_stream *stream, int *empty)
     else if (stream->want_kind == TCPSRV__WANT_UNTIL) end = tcpsrv__match_until(stream, data, size);
     else end = tcpsrv__match_regex(stream, data, size);
     if (end < 0) return end;
-    if ((size_t)end > stream->want_max || (!end && size > stream->want_max)) return TCPSRV_ETOOBIG;
+    if ((size_t)end > most || (!end && size > most)) return TCPSRV_ETOOBIG;
     return end;
 }
 
@@ -5266,6 +5423,7 @@ static TCPSRV__COLD int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more
     tcpsrv__block *in = stream->in, *grown;
     size_t held = in ? tcpsrv__block_size(in) : 0;
     if (in && in->capacity - in->end >= more) return 0;
+    tcpsrv__leave_input(stream);
     if (in && in->capacity >= 2 * (held + more)) {
         memmove(in->data, in->data + in->begin, held);
         in->begin = 0;
@@ -5314,7 +5472,7 @@ static TCPSRV__NOINLINE void tcpsrv__receive_none(tcpsrv_stream *stream, long n)
 static TCPSRV__NOINLINE void tcpsrv__receive_adapt(tcpsrv_stream *stream, size_t size, int full) {
     if (full) stream->bulk = stream->wide || !stream->in_stack;
     else if (size < tcpsrv__class_size[TCPSRV__POOL_INPUT]) stream->bulk = 0;
-    stream->wide = full || size > TCPSRV__HOME_SIZE / 2;
+    stream->wide = stream->in_stack && (full || size > TCPSRV__HOME_SIZE / 2);
 }
 
 TCPSRV__INLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t asked) {
@@ -5399,6 +5557,7 @@ TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     size_t asked, most = stream->owner->options.read_chunk_size;
     long n;
     stream->receive_turn = (uint16_t)stream->source.loop->turn;
+    tcpsrv__leave_input(stream);
     if (stream->in || stream->foreign || stream->want_kind == TCPSRV__WANT_INTO)
         return tcpsrv__receive_more(stream);
     block = tcpsrv__receive_block(stream);
@@ -5417,14 +5576,6 @@ TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
 }
 
 /* ---- reading: requests ----------------------------------------------------------------------- */
-
-/* A read that a waiting call made, >>waiting. */
-typedef struct tcpsrv__read_wait {
-    tcpsrv__waiter waiter;
-    tcpsrv_stream *stream;
-    tcpsrv_bytes bytes;
-    tcpsrv__place place;        /* of a failed read */
-} tcpsrv__read_wait;
 
 static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg);
 
@@ -5458,6 +5609,7 @@ static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *fit = NULL;
     int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
+    tcpsrv__leave_input(stream);
     if (loose) fit = tcpsrv__block_fit(loop, in, in->begin, 0);
     if (fit) {
         stream->in = fit;
@@ -5483,6 +5635,14 @@ TCPSRV__INLINE void tcpsrv__input_settle(tcpsrv_stream *stream) {
     if (stream->in && stream->in->pool != TCPSRV__POOL_HOME) tcpsrv__recharge(stream);
 }
 
+/* Input may be sent back from where it is now, unless something was written before. */
+static TCPSRV__NOINLINE void tcpsrv__recork(tcpsrv_stream *stream) {
+    tcpsrv_loop *loop = stream->source.loop;
+    const tcpsrv__block *in = stream->in;
+    if (loop->corked == stream && loop->out_at == loop->out_from)
+        tcpsrv__cork(loop, stream, in->data + in->begin, tcpsrv__block_size(in));
+}
+
 /* Hands out so many bytes of the buffer. A callback has done with them when it returns; a
    coroutine looks at them as long as it likes. */
 TCPSRV__INLINE void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
@@ -5490,6 +5650,7 @@ TCPSRV__INLINE void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_byte
     if (stream->read_fn == tcpsrv__await_done) {
         tcpsrv__input_trim(stream);
         stream->viewed = 1;
+        tcpsrv__recork(stream);
     }
     in = stream->in;
     bytes->data = in->data + in->begin;
@@ -5538,11 +5699,11 @@ TCPSRV__INLINE int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_by
     size = tcpsrv__block_size(in);
     end = tcpsrv__match_char(stream, in->data + in->begin, size);
     *err = 0;
-    if (TCPSRV__LIKELY(end && end <= stream->want_max)) {
+    if (TCPSRV__LIKELY(end && end <= tcpsrv__want_max(stream))) {
         tcpsrv__view(stream, end, bytes);
         return 1;
     }
-    if (!end && size <= stream->want_max) return 0;
+    if (!end && size <= tcpsrv__want_max(stream)) return 0;
     *err = TCPSRV_ETOOBIG;
     return 1;
 }
@@ -5638,7 +5799,7 @@ static void tcpsrv__input_step(tcpsrv_stream *stream) {
         }
         if (!tcpsrv__read_try(stream, &err, &bytes)) break;
         waited = stream->read_fn == tcpsrv__await_done;
-        stream->stepping = !waited && !stream->timed;
+        stream->stepping = !waited && !stream->timed && !stream->in_stack;
         tcpsrv__read_complete(stream, err, bytes);
         stream->stepping = 0;
         if (waited || !stream->read_fn || tcpsrv__read_must_wait(stream)) break;
@@ -5668,8 +5829,11 @@ TCPSRV__INLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *
         tcpsrv__input_free(stream);
     stream->viewed = 0;
     stream->want_kind = (uint8_t)want->kind;
+    stream->lane = want->kind <= TCPSRV__WANT_SOME ? TCPSRV__LANE_OTHER : TCPSRV__LANE_LONG;
+    if (want->kind == TCPSRV__WANT_CHAR && fn != tcpsrv__await_done && !stream->in_stack)
+        stream->lane = TCPSRV__LANE_LINE;
     stream->want = want->extent;
-    stream->want_max = want->max ? want->max : most;
+    stream->want_last = want->max - 1;
     stream->want_memory = want->memory;
     stream->progress = 0;
     stream->read_fn = fn;
@@ -5688,8 +5852,16 @@ static TCPSRV__APART int tcpsrv__read_anyhow(tcpsrv_stream *stream, tcpsrv_want 
                                                 tcpsrv_read_fn *fn, void *arg) {
     int err = tcpsrv__read_begin(stream, &want, fn, arg);
     if (err) return tcpsrv__fail_at(err, "read", stream);
-    if (!stream->stepping && tcpsrv__read_is_due(stream)) tcpsrv__make_ready(&stream->source);
+    if ((!stream->stepping || !stream->in) && tcpsrv__read_is_due(stream))
+        tcpsrv__make_ready(&stream->source);
     return 0;
+}
+
+/* In memory only here: a usual read's want stays in registers. */
+TCPSRV__INLINE tcpsrv_want tcpsrv__want_again(const tcpsrv_want *want) {
+    tcpsrv_want again = tcpsrv__want(want->kind, 0, want->max, want->memory);
+    again.extent = want->extent;
+    return again;
 }
 
 /* The next read of a callback that was called for the last one: looked at when it returns. */
@@ -5697,10 +5869,15 @@ TCPSRV_FAST int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read
                             void *arg) {
     if (!stream->stepping || stream->read_fn ||
         (unsigned)want.kind - 1u >= (unsigned)TCPSRV__WANT_SOME)
-        return tcpsrv__read_anyhow(stream, want, fn, arg);
+        return tcpsrv__read_anyhow(stream, tcpsrv__want_again(&want), fn, arg);
     stream->want_kind = (uint8_t)want.kind;
-    stream->want = want.extent;
-    stream->want_max = want.max ? want.max : stream->owner->options.max_buffer_size;
+    if (want.kind == TCPSRV__WANT_CHAR) {
+        stream->lane = TCPSRV__LANE_LINE;
+    } else {
+        stream->lane = TCPSRV__LANE_OTHER;
+        stream->want = want.extent;
+    }
+    stream->want_last = want.max - 1;
     stream->want_memory = want.memory;
     stream->progress = 0;
     stream->read_fn = fn;
@@ -5876,17 +6053,17 @@ static void tcpsrv__write_wait_init(tcpsrv__write_wait *wait, tcpsrv_stream *str
     wait->block.pool = TCPSRV__POOL_NONE;
     wait->block.awaited = size > 0;
     wait->block.done = tcpsrv__write_done;
-    wait->waiter.cancel = tcpsrv__write_cancel;
+    tcpsrv__waiter_init(&wait->waiter, tcpsrv__write_cancel);
     wait->stream = stream;
 }
 
 /* Queues a block that the caller's stack holds, and sends what goes now. 1: that is all of it, or
    it has failed. */
 static TCPSRV__COLD int tcpsrv__write_at_once(tcpsrv__write_wait *wait) {
-    wait->waiter.result = tcpsrv__output_push(wait->stream, &wait->block);
-    if (wait->waiter.result) return 1;
-    tcpsrv__output_step(&wait->stream->source);
-    return wait->waiter.done;
+    int err = tcpsrv__output_push(wait->stream, &wait->block);
+    if (err) wait->waiter.result = err;
+    else tcpsrv__output_step(&wait->stream->source);
+    return !tcpsrv__waits(&wait->waiter);
 }
 
 /* The stream may be gone when this returns. */
@@ -6148,6 +6325,7 @@ static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events) {
+    if (!stream->source.loop->has_boxes) tcpsrv__boxes_make(stream->source.loop);
     if (stream->dead) return;
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
@@ -6161,28 +6339,38 @@ static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events)
     if (stream->closing || stream->dead) tcpsrv__make_ready(&stream->source);
 }
 
+/* The corked stream's output has not left as a whole, or the call failed. */
+static TCPSRV__APART void tcpsrv__uncork_torn(tcpsrv_loop *loop, size_t size, long n) {
+    tcpsrv_stream *stream = loop->corked;
+    if (n < 0) n = tcpsrv__sys_send_again(stream->source.fd, loop->out_from, size);
+    tcpsrv__uncork_now(loop);
+    tcpsrv__output_result(stream, n, size);
+}
+
 /* What the corked stream's callbacks or coroutine have written. */
 TCPSRV__INLINE void tcpsrv__uncork_send(tcpsrv_loop *loop, tcpsrv_stream *stream) {
-    tcpsrv__block *box = loop->outbox;
-    long size = loop->outbox_at - box->data, n;
-    if (!size) {
-        loop->corked = NULL;
-        return;
-    }
-    n = tcpsrv__sys_send_one(stream->source.fd, box->data, (size_t)size);
-    if (TCPSRV__LIKELY(n == size)) {
-        tcpsrv__outbox_clear(loop, box);
-        loop->corked = NULL;
+    long size = loop->out_at - loop->out_from, n;
+    if (size) {
+        n = tcpsrv__sys_send_once(stream->source.fd, loop->out_from, (size_t)size);
+        if (!TCPSRV__LIKELY(n == size)) {
+            tcpsrv__uncork_torn(loop, (size_t)size, n);
+            return;
+        }
         stream->owner->stats.bytes_written += (size_t)size;
-        return;
     }
-    tcpsrv__uncork_now(loop);
-    tcpsrv__output_result(stream, n, (size_t)size);
+    loop->corked = NULL;
+}
+
+/* A stream with a coroutine of its own is corked only where that one waits: while it is corked, who
+   runs is it. */
+static int tcpsrv__is_own_wait(const tcpsrv_stream *stream) {
+    return stream->read_fn == tcpsrv__await_done &&
+           stream->read_arg == tcpsrv__await_of((tcpsrv_stream *)(uintptr_t)stream);
 }
 
 /* What is not a message's usual way: the block has bytes from at on. */
 static TCPSRV__APART void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__block *block,
-                                                    const char *at, size_t size) {
+                                                 const char *at, size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     block->begin = (size_t)(at - block->data);
     block->end = block->begin + size;
@@ -6193,100 +6381,114 @@ static TCPSRV__APART void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__
 
 /* Nothing came, or as much as there was room for. */
 static TCPSRV__APART void tcpsrv__serve_received(tcpsrv_stream *stream, tcpsrv__block *block,
-                                                    long n) {
+                                                 long n, size_t asked) {
+    if (n < 0) n = tcpsrv__sys_receive_again(stream->source.fd, block->data, asked);
     if (n <= 0) {
         tcpsrv__receive_none(stream, n);
         n = 0;
     } else {
-        stream->owner->stats.bytes_read += (size_t)n;
         stream->readable = 1;
         stream->receive_turn = (uint16_t)stream->source.loop->turn;
-        tcpsrv__receive_adapt(stream, (size_t)n, 1);
+        tcpsrv__received(stream, (size_t)n, asked);
     }
     tcpsrv__serve_long_way(stream, block, block->data, (size_t)n);
 }
 
+/* The block with so many bytes from at on. */
+TCPSRV__INLINE tcpsrv__block *tcpsrv__block_from(tcpsrv__block *box, const char *at, size_t size) {
+    box->begin = (size_t)(at - box->data);
+    box->end = box->begin + size;
+    return box;
+}
+
 /* Calls back for one message after the other, as long as nothing but that happens. */
-TCPSRV__INLINE void tcpsrv__serve_callbacks(tcpsrv_loop *loop, tcpsrv_stream *stream) {
-    tcpsrv__block *box = loop->inbox;
-    const char *at = box->data;
+static TCPSRV__NOINLINE void tcpsrv__serve_callbacks(tcpsrv_stream *stream,
+                                                     tcpsrv_loop *loop) {
+    char *at = loop->inbox->data;
     size_t size, left = TCPSRV__BURST;
-    long n = tcpsrv__sys_receive(stream->source.fd, box->data, stream->owner->receive_max);
+    long n = tcpsrv__sys_receive_once(stream->source.fd, at, stream->owner->receive_max);
     size = (size_t)n;
-    if (size - 1 >= stream->owner->receive_max - 1) {
-        tcpsrv__serve_received(stream, box, n);
+    if (size - 1 >= stream->owner->receive_last) {
+        tcpsrv__serve_received(stream, loop->inbox, n, stream->owner->receive_max);
         return;
     }
     tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
     stream->owner->stats.bytes_read += size;
-    loop->corked = stream;
-    box->end = size;
+    tcpsrv__cork(loop, stream, at, size);
     stream->stepping = stream->spoke = 1;
     do {
         tcpsrv_read_fn *fn = stream->read_fn;
         tcpsrv_bytes bytes;
-        const char *found = stream->want_kind == TCPSRV__WANT_CHAR
-                                ? (const char *)memchr(at, *(const char *)stream->want_memory, size)
-                                : NULL;
-        if (!found) break;
         bytes.data = at;
-        bytes.size = (size_t)(found - at) + 1;
-        if (bytes.size > stream->want_max) break;
-        at = found + 1;
+        bytes.size = tcpsrv__find_char(at, *(const char *)stream->want_memory, size) + 1;
+        if (bytes.size > size || bytes.size - 1 > stream->want_last) break;
+        at += bytes.size;
         size -= bytes.size;
-        box->begin = box->end - size;
-        stream->in = size ? box : NULL;
+        stream->in = size ? tcpsrv__block_from(loop->inbox, at, size) : NULL;
         stream->read_fn = NULL;
         fn(stream, 0, bytes, stream->read_arg);
-    } while (size && stream->read_fn && loop->corked == stream && --left);
+    } while (size && stream->read_fn && stream->lane == TCPSRV__LANE_LINE &&
+             loop->corked == stream && --left);
     stream->stepping = 0;
-    if (size || stream->want_kind > TCPSRV__WANT_SOME || loop->corked != stream)
-        tcpsrv__serve_long_way(stream, box, at, size);
+    if (size || loop->corked != stream)
+        tcpsrv__serve_long_way(stream, loop->inbox, at, size);
     else
         tcpsrv__uncork_send(loop, stream);
 }
 
-/* Input that came into the inbox, for a coroutine to look at. */
-static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__serve_wide(tcpsrv_stream *stream) {
-    tcpsrv__receive_adapt(stream, tcpsrv__block_size(stream->in), 0);
-    tcpsrv__input_fit(stream);
-    return stream->in;
-}
-
-/* Resumes the coroutine that waits for a message, which goes on until it waits again. */
-TCPSRV__INLINE void tcpsrv__serve_coroutine(tcpsrv_loop *loop, tcpsrv_stream *stream) {
-    tcpsrv__block *block = stream->wide ? loop->inbox : tcpsrv__home_of(stream);
-    size_t size, asked = stream->wide ? stream->owner->receive_max : (size_t)TCPSRV__HOME_SIZE;
-    const char *found = NULL;
-    tcpsrv__read_wait *wait;
-    long n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
-    size = (size_t)n;
-    if (size - 1 >= asked - 1) {
-        tcpsrv__serve_received(stream, block, n);
+/* Other reads, and coroutines with larger messages, gain by the inbox and the cork alone. */
+static TCPSRV__APART void tcpsrv__serve_other(tcpsrv_stream *stream, tcpsrv_loop *loop) {
+    tcpsrv__block *box = loop->inbox;
+    size_t asked = stream->owner->receive_max;
+    long n = tcpsrv__sys_receive_once(stream->source.fd, box->data, asked);
+    if ((size_t)n - 1 >= asked - 1) {
+        tcpsrv__serve_received(stream, box, n, asked);
         return;
     }
     tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
-    stream->owner->stats.bytes_read += size;
-    loop->corked = stream;
-    if (stream->want_kind == TCPSRV__WANT_CHAR)
-        found = (const char *)memchr(block->data, *(const char *)stream->want_memory, size);
-    if (!found || (size_t)(found - block->data) >= stream->want_max) {
-        tcpsrv__serve_long_way(stream, block, block->data, size);
+    stream->owner->stats.bytes_read += (size_t)n;
+    if (stream->wide) tcpsrv__receive_adapt(stream, (size_t)n, 0);
+    if (!stream->in_stack || tcpsrv__is_own_wait(stream))
+        tcpsrv__cork(loop, stream, box->data, (size_t)n);
+    tcpsrv__serve_long_way(stream, box, box->data, (size_t)n);
+}
+
+/* Not all that came is the message: what is behind it stays in the home. 0: there is none. */
+static TCPSRV__NOINLINE int tcpsrv__serve_first(tcpsrv_stream *stream, size_t found, size_t came) {
+    tcpsrv__block *home = tcpsrv__home_of(stream);
+    if (found >= came || found > stream->want_last) {
+        tcpsrv__serve_long_way(stream, home, home->data, came);
+        return 0;
+    }
+    stream->in = tcpsrv__block_from(home, home->data + found + 1, came - found - 1);
+    stream->viewed = 1;
+    return 1;
+}
+
+/* A coroutine's usual way: a message in the stream's home, and nothing behind it. It goes on until
+   it waits again. */
+static TCPSRV__NOINLINE void tcpsrv__serve_coroutine(tcpsrv_stream *stream, tcpsrv_loop *loop) {
+    tcpsrv__read_wait *wait = tcpsrv__await_of(stream);
+    char *data = tcpsrv__home_bytes_of(stream);
+    long n = tcpsrv__sys_receive_once(stream->source.fd, data, TCPSRV__HOME_SIZE);
+    size_t came = (size_t)n, found;
+    if (came - 1 >= TCPSRV__HOME_SIZE - 1) {
+        tcpsrv__serve_received(stream, tcpsrv__home_of(stream), n, TCPSRV__HOME_SIZE);
         return;
     }
-    block->begin = 0;
-    block->end = size;
-    stream->in = block;
-    size = (size_t)(found - block->data) + 1;
-    if (stream->wide) block = tcpsrv__serve_wide(stream);
-    block->begin = size;
-    stream->viewed = stream->spoke = 1;
-    wait = (tcpsrv__read_wait *)stream->read_arg;
-    wait->bytes.data = block->data;
-    wait->bytes.size = size;
+    tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
+    stream->owner->stats.bytes_read += came;
+    tcpsrv__cork(loop, stream, data, came);
+    found = tcpsrv__find_char(data, *(const char *)stream->want_memory, came);
+    if (!TCPSRV__LIKELY(found + 1 == came && found <= stream->want_last) &&
+        !tcpsrv__serve_first(stream, found, came))
+        return;
+    wait->bytes->data = data;
+    wait->bytes->size = found + 1;
+    stream->spoke = 1;
     stream->read_fn = NULL;
-    tcpsrv__waiter_resume(&wait->waiter, 0);
-    if (stream->in) tcpsrv__recharge(stream);
+    wait->waiter.result = 0;
+    tcpsrv__co_resume_here(loop, wait->waiter.co);
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
 }
 
@@ -6295,22 +6497,24 @@ TCPSRV__INLINE void tcpsrv__serve_coroutine(tcpsrv_loop *loop, tcpsrv_stream *st
 static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv_loop *loop = source->loop;
-    if (TCPSRV__LIKELY(events == TCPSRV__EVENT_READ && stream->read_fn && !stream->in &&
-                       !stream->out.last && stream->want_kind <= TCPSRV__WANT_SOME &&
+    if (TCPSRV__LIKELY(events == TCPSRV__EVENT_READ && stream->read_fn &&
+                       !((uintptr_t)stream->in | (uintptr_t)stream->out.last) &&
                        !(stream->dead || stream->closing || stream->cancelled ||
                          stream->connecting || stream->unpolled || stream->ended || stream->deep ||
                          stream->foreign || stream->shut_wanted || stream->blocked ||
-                         stream->bulk || stream->winding || stream->timed || stream->readable)) &&
-        (loop->has_boxes || tcpsrv__boxes_make(loop))) {
+                         stream->bulk || stream->winding || stream->timed || stream->readable) &&
+                       loop->has_boxes)) {
         if (stream->extra) stream->extra->active = loop->now;
-        if (stream->read_fn != tcpsrv__await_done) {
-            tcpsrv__serve_callbacks(loop, stream);
-            return;
+        if (stream->lane == TCPSRV__LANE_LINE) {
+            tcpsrv__serve_callbacks(stream, loop);
+        } else if (stream->lane == TCPSRV__LANE_OWN && !stream->wide) {
+            tcpsrv__serve_coroutine(stream, loop);
+        } else if (stream->lane != TCPSRV__LANE_LONG) {
+            tcpsrv__serve_other(stream, loop);
+        } else {
+            tcpsrv__stream_told(stream, events);
         }
-        if (stream->in_stack) {
-            tcpsrv__serve_coroutine(loop, stream);
-            return;
-        }
+        return;
     }
     tcpsrv__stream_told(stream, events);
 }
@@ -6373,7 +6577,8 @@ static const tcpsrv__class tcpsrv__stream_class = {
 /* ---- making streams -------------------------------------------------------------------------- */
 
 static TCPSRV__COLD int tcpsrv__winds(const tcpsrv__owner *owner) {
-    return owner->draining || owner->full || owner->gather_max < TCPSRV__GATHER_SIZE;
+    return owner->draining || owner->full || owner->gather_max < TCPSRV__GATHER_SIZE ||
+           owner->options.max_buffer_size < TCPSRV__HOME_SIZE;
 }
 
 /* Zeroed memory becomes a stream over a connected descriptor, told about from now on, or without
@@ -6454,9 +6659,13 @@ static TCPSRV__COLD void tcpsrv__owner_fill(tcpsrv__owner *owner) {
         owner->gather_max = options->write_high_water;
     if (owner->gather_max > options->max_write_buffer_size)
         owner->gather_max = options->max_write_buffer_size;
-    owner->receive_max = tcpsrv__class_size[TCPSRV__POOL_INPUT] - TCPSRV__BLOCK_HEAD;
+    owner->receive_max = tcpsrv__class_size[TCPSRV__POOL_INPUT] - TCPSRV__BLOCK_HEAD -
+                         TCPSRV__FIND_BEHIND;
     if (owner->receive_max > options->read_chunk_size)
         owner->receive_max = options->read_chunk_size;
+    if (owner->receive_max > options->max_buffer_size)
+        owner->receive_max = options->max_buffer_size;
+    owner->receive_last = owner->receive_max - 1;
     owner->idle_ns = tcpsrv__ms_to_ns(options->idle_timeout_ms);
     owner->close_ns = tcpsrv__ms_to_ns(options->close_timeout_ms);
 }
@@ -6559,9 +6768,9 @@ TCPSRV_HOT tcpsrv_stream *tcpsrv_by_id(tcpsrv_loop *loop, int64_t id) {
 
 static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes, void *arg) {
     tcpsrv__read_wait *wait = (tcpsrv__read_wait *)arg;
-    wait->bytes = bytes;
+    *wait->bytes = bytes;
     if (err) wait->place = tcpsrv__place_of(stream);
-    tcpsrv__waiter_resume(&wait->waiter, err);
+    tcpsrv__waiter_resume(stream->source.loop, &wait->waiter, err);
 }
 
 static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
@@ -6574,8 +6783,8 @@ static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
 
 static TCPSRV__COLD int tcpsrv__await_failed(int err, const tcpsrv__place *place,
                                              tcpsrv_bytes *bytes) {
-    if (bytes) bytes->data = "";
-    if (bytes) bytes->size = 0;
+    bytes->data = "";
+    bytes->size = 0;
     return tcpsrv__fail_there(err, "read", place);
 }
 
@@ -6588,93 +6797,101 @@ static TCPSRV__COLD int tcpsrv__await_refused(int err, const tcpsrv_stream *stre
 /* A read that the buffer or one receive can answer returns without a switch; after a burst of them
    it goes by way of the loop, so that a busy pipeline yields. */
 static TCPSRV__APART int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want want,
-                                                 tcpsrv_bytes *bytes) {
+                                              tcpsrv_bytes *bytes) {
     tcpsrv_loop *loop = stream->source.loop;
-    tcpsrv__read_wait wait;
+    int is_own = stream->in_stack && loop->current &&
+                 loop->current == tcpsrv__await_of(stream)->waiter.co;
+    tcpsrv__read_wait other, *wait = is_own ? tcpsrv__await_of(stream) : &other;
+    tcpsrv_bytes unused;
     int err = tcpsrv__may_wait(loop);
-    if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, &wait);
+    if (!bytes) bytes = &unused;
+    if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, wait);
     if (err) return tcpsrv__await_refused(err, stream, bytes);
     stream->held = 1;
     if (tcpsrv__read_is_due(stream)) {
         if (stream->burst == TCPSRV__BURST) {
             tcpsrv__make_ready(&stream->source);
-        } else if (stream->burst++, tcpsrv__read_try(stream, &err, &wait.bytes)) {
+        } else if (stream->burst++, tcpsrv__read_try(stream, &err, bytes)) {
             if (err || stream->timed || stream->cancelled) tcpsrv__read_ended(stream, err);
             stream->read_fn = NULL;
             if (stream->in) tcpsrv__recharge(stream);
-            if (err) return tcpsrv__await_refused(err, stream, bytes);
-            if (bytes) *bytes = wait.bytes;
-            return 0;
+            return err ? tcpsrv__await_refused(err, stream, bytes) : 0;
         }
     }
     stream->burst = 0;
-    wait.waiter.done = 0;
-    wait.waiter.cancel = tcpsrv__await_cancel;
-    wait.stream = stream;
-    err = tcpsrv__wait(loop, &wait.waiter);
-    if (err) return tcpsrv__await_failed(err, &wait.place, bytes);
-    if (bytes) *bytes = wait.bytes;
-    return 0;
+    if (is_own && want.kind == TCPSRV__WANT_CHAR) stream->lane = TCPSRV__LANE_OWN;
+    tcpsrv__waiter_init(&wait->waiter, tcpsrv__await_cancel);
+    wait->stream = stream;
+    wait->bytes = bytes;
+    err = tcpsrv__wait(loop, &wait->waiter);
+    return err ? tcpsrv__await_failed(err, &wait->place, bytes) : 0;
 }
 
-/* Of a pipeline, where it needs neither a wait nor a move of bytes. */
-TCPSRV__INLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, char delimiter, size_t max,
-                                          tcpsrv_bytes *bytes) {
+/* The coroutine's own wait was not ended by a line of the usual way. */
+static TCPSRV__APART int tcpsrv__await_end(tcpsrv_stream *stream) {
+    tcpsrv__read_wait *wait = tcpsrv__await_of(stream);
+    tcpsrv__wait_on(&wait->waiter);
+    return wait->waiter.result
+               ? tcpsrv__await_failed(wait->waiter.result, &wait->place, wait->bytes) : 0;
+}
+
+static TCPSRV__APART int tcpsrv__await_char_anyhow(tcpsrv_stream *stream, const char *delimiter,
+                                                   size_t max, tcpsrv_bytes *bytes) {
+    return tcpsrv__await_anyhow(stream, tcpsrv__want(TCPSRV__WANT_CHAR, 1, max, delimiter), bytes);
+}
+
+/* The next line of a pipeline, where it needs neither a wait nor a move of bytes. */
+static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const char *delimiter,
+                                                   size_t max, tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
-    const char *data, *found;
-    size_t size = in->end - in->begin;
-    if (in->pool != TCPSRV__POOL_HOME) {
-        tcpsrv__input_trim(stream);
-        in = stream->in;
-    }
-    data = in->data + in->begin;
-    found = (const char *)memchr(data, delimiter, size);
-    if (!found) return 0;
-    size = (size_t)(found - data) + 1;
-    if (size > max || stream->burst == TCPSRV__BURST) return 0;
-    in->begin += size;
+    const char *data = in->data + in->begin;
+    size_t size = tcpsrv__block_size(in), found = SIZE_MAX;
+    if (stream->burst < TCPSRV__BURST &&
+        (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, size)))
+        found = in->capacity - in->end < TCPSRV__FIND_BEHIND
+                    ? tcpsrv__find_char_within(data, *delimiter, size)
+                    : tcpsrv__find_char(data, *delimiter, size);
+    if (found >= size || found > max - 1 || found >= stream->owner->options.max_buffer_size)
+        return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
+    in->begin += found + 1;
     stream->viewed = 1;
     stream->burst++;
     bytes->data = data;
-    bytes->size = size;
-    return 1;
+    bytes->size = found + 1;
+    return 0;
 }
 
-/* The next line of a corked stream, which its coroutine asks for: what happens to a line in the
-   usual case, in one piece. */
-static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char *delimiter,
+/* Leaves the loop the line to find, and the coroutine's own wait to end. */
+static TCPSRV__NOINLINE int tcpsrv__await_line(tcpsrv_stream *stream, const char *delimiter,
                                                size_t max, tcpsrv_bytes *bytes) {
-    tcpsrv_loop *loop = stream->source.loop;
-    tcpsrv__block *in = stream->in;
-    tcpsrv__read_wait wait;
-    if (loop->corked != stream || !loop->current || stream->read_fn || stream->timed) goto anyhow;
-    if (!max) max = stream->owner->options.max_buffer_size;
-    if (in && in->begin != in->end) {
-        if (tcpsrv__await_buffered(stream, *delimiter, max, bytes)) return 0;
-        goto anyhow;
-    }
-    if (stream->readable || stream->eof || stream->winding) goto anyhow;
-    if (in && in->pool != TCPSRV__POOL_HOME) tcpsrv__block_give(loop, in);
-    stream->in = NULL;
-    if (stream->charged) tcpsrv__recharge(stream);
-    stream->viewed = 0;
-    stream->burst = 0;
+    tcpsrv__read_wait *wait = tcpsrv__await_of(stream);
     stream->want_kind = TCPSRV__WANT_CHAR;
-    stream->want.size = 1;
-    stream->want_max = max;
+    stream->lane = TCPSRV__LANE_OWN;
+    stream->burst = 0;
+    stream->want_last = max - 1;
     stream->want_memory = (void *)(uintptr_t)delimiter;
     stream->progress = 0;
     stream->read_fn = tcpsrv__await_done;
-    stream->read_arg = &wait;
-    wait.stream = stream;
-    wait.waiter.cancel = tcpsrv__await_cancel;
-    wait.waiter.done = 0;
-    tcpsrv__wait_in(loop->current, &wait.waiter);
-    if (wait.waiter.result) return tcpsrv__await_failed(wait.waiter.result, &wait.place, bytes);
-    *bytes = wait.bytes;
-    return 0;
-anyhow:
-    return tcpsrv__await_anyhow(stream, tcpsrv__want(TCPSRV__WANT_CHAR, 1, max, delimiter), bytes);
+    stream->read_arg = wait;
+    wait->bytes = bytes;
+    wait->waiter.result = TCPSRV__WAITING;
+    tcpsrv__wait_begin(&wait->waiter);
+    tcpsrv__co_leave(stream->source.loop, wait->waiter.co);
+    return TCPSRV__LIKELY(!wait->waiter.result) ? 0 : tcpsrv__await_end(stream);
+}
+
+/* The next line of a corked stream, which its coroutine asks for. */
+static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char *delimiter,
+                                               size_t max, tcpsrv_bytes *bytes) {
+    tcpsrv_loop *loop = stream->source.loop;
+    const tcpsrv__block *in = stream->in;
+    if (loop->corked != stream || stream->read_fn || !stream->in_stack || stream->readable ||
+        stream->eof || stream->winding || stream->timed)
+        return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
+    if (!in) return tcpsrv__await_line(stream, delimiter, max, bytes);
+    if (in->begin != in->end) return tcpsrv__await_buffered(stream, delimiter, max, bytes);
+    tcpsrv__input_give_up(stream);
+    return tcpsrv__await_line(stream, delimiter, max, bytes);
 }
 
 TCPSRV_FAST int tcpsrv_await(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_bytes *bytes) {
@@ -6731,14 +6948,25 @@ static TCPSRV__NOINLINE int tcpsrv__write_anyhow(tcpsrv_stream *stream, const vo
     return 0;
 }
 
+/* To a corked stream, where the bytes must be copied. */
+static TCPSRV__NOINLINE int tcpsrv__write_copied(tcpsrv_stream *stream, const void *data,
+                                                 size_t size) {
+    tcpsrv_loop *loop = stream->source.loop;
+    if (loop->corked != stream) return tcpsrv__write_anyhow(stream, data, size);
+    tcpsrv__gather(loop);
+    if (size - 1 >= loop->out_room) return tcpsrv__write_anyhow(stream, data, size);
+    memcpy(loop->out_at, data, size);
+    loop->out_at += size;
+    loop->out_room -= size;
+    return 0;
+}
+
 TCPSRV_FAST int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
-    char *at = loop->outbox_at;
-    if (loop->corked != stream || size - 1 >= loop->outbox_room)
-        return tcpsrv__write_anyhow(stream, data, size);
-    loop->outbox_at = at + size;
-    loop->outbox_room -= size;
-    memcpy(at, data, size);
+    if (loop->corked != stream || data != loop->out_at || size > loop->out_room)
+        return tcpsrv__write_copied(stream, data, size);
+    loop->out_at += size;
+    loop->out_room -= size;
     return 0;
 }
 
@@ -6878,7 +7106,7 @@ static void tcpsrv__drop_all(tcpsrv_loop *loop) {
     for (others = 0; others < 2; others++) {
         uint32_t i;
         for (i = 1; i < loop->slot_count; i++) {
-            tcpsrv__source *source = loop->slots[i].source;
+            tcpsrv__source *source = tcpsrv__slot_source(loop, &loop->slots[i]);
             if (source && (others || source->type == tcpsrv__coroutine_class))
                 source->type->drop(source);
         }
@@ -10952,10 +11180,14 @@ static TCPSRV__COLD tcpsrv_stream *tcpsrv__handler_new(tcpsrv *server) {
                                     &memory);
     if (!co) return NULL;
     handler = (tcpsrv__handler *)memory;
+    memset(handler, 0, offsetof(tcpsrv__handler, hosted.home));
     handler->co = co;
-    tcpsrv__block_init(&handler->hosted.home, 512, TCPSRV__POOL_HOME);
+    tcpsrv__block_init(&handler->hosted.home, TCPSRV__HOME_TOTAL, TCPSRV__POOL_HOME);
     stream = &handler->hosted.base.stream;
     stream->in_stack = 1;
+    handler->hosted.await.stream = stream;
+    handler->hosted.await.waiter.co = co;
+    handler->hosted.await.waiter.cancel = tcpsrv__await_cancel;
     return stream;
 }
 
@@ -11510,7 +11742,7 @@ TCPSRV_IMPL void tcpsrv_stop(tcpsrv *server) {
 
 /* The server's live stream in that slot, or NULL. */
 static tcpsrv_stream *tcpsrv__stream_in_slot(tcpsrv *server, uint32_t number) {
-    tcpsrv__source *source = server->loop->slots[number].source;
+    tcpsrv__source *source = tcpsrv__slot_source(server->loop, &server->loop->slots[number]);
     tcpsrv_stream *stream;
     if (!source || source->type != &tcpsrv__stream_class) return NULL;
     stream = tcpsrv__stream_of(source);

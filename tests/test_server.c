@@ -932,8 +932,108 @@ static void a_failed_allocation_costs_one_connection_at_most(void) {
     failing(0);
 }
 
+/* ---- what is sent back from where it was received -------------------------------------------- */
+
+/* A line is sent back from where it is, a second by way of other memory, a third in parts, a fourth
+   with its first byte changed, a fifth is not, a sixth twice and from other memory; and so on. */
+static int send_back(tcpsrv_stream *stream, tcpsrv_bytes line, int *turn) {
+    char copy[2 * 2048], *bytes = (char *)(uintptr_t)line.data;
+    switch ((*turn)++ % 6) {
+    case 1: return tcpsrv_printf(stream, "%.*s", (int)line.size, line.data);
+    case 2:
+        if (tcpsrv_write(stream, line.data, 3) != 0) return -1;
+        return tcpsrv_write(stream, line.data + 3, line.size - 3);
+    case 3: bytes[0] = '!'; break;
+    case 4: return 0;
+    case 5:
+        memcpy(copy, line.data, line.size);
+        memcpy(copy + line.size, line.data, line.size);
+        return tcpsrv_write(stream, copy, 2 * line.size);
+    default: break;
+    }
+    return tcpsrv_write(stream, line.data, line.size);
+}
+
+static int back_turn;
+
+static int sends_back(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err;
+    (void)peer, (void)user;
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0)
+        if (send_back(stream, line, &back_turn) != 0) return -EIO;
+    return err;
+}
+
+static void on_line_back(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    if (!err) err = send_back(stream, line, &back_turn);
+    if (!err) err = tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line_back, user);
+    if (err) tcpsrv_close(stream);
+}
+
+static int sends_back_by_callbacks(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 0), on_line_back, user);
+}
+
+/* Lines of a burst, of a length each; what must come back goes to wanted. */
+static size_t make_lines(char *sent, char *wanted, size_t *wanted_size, const int *lengths,
+                         int *turn) {
+    size_t size = 0;
+    for (; *lengths; lengths++) {
+        size_t length = (size_t)*lengths;
+        memset(sent + size, 'a' + *turn % 26, length - 1);
+        sent[size + length - 1] = '\n';
+        memcpy(wanted + *wanted_size, sent + size, length);
+        memcpy(wanted + *wanted_size + length, sent + size, length);
+        if (*turn % 6 == 3) wanted[*wanted_size] = '!';
+        *wanted_size += *turn % 6 == 4 ? 0 : *turn % 6 == 5 ? 2 * length : length;
+        (*turn)++;
+        size += length;
+    }
+    return size;
+}
+
+/* Bursts that fit into a coroutine's home, that need more, and whose last line comes in parts. */
+static void bursts_come_back(int coroutines) {
+    static const int bursts[][14] = {
+        { 10, 20, 30, 40, 50, 60, 70 }, { 64, 64, 64, 64, 64, 64, 64, 64 }, { 1500, 1500, 40 },
+        { 1200, 60, 1100, 50, 1300, 60, 30, 20 }, { 5, 5, 5, 5, 5, 5, 5, 5 }, { 1900, 10, 10, 10 },
+        { 300, 300, 300, 20, 20, 20, 20, 20, 20, 20, 20, 20, 20 }, { 700, 700, 700, 700, 10, 10, 10, 10 }
+    };
+    static char sent[8192], wanted[16384], got[16384];
+    tcpsrv_options options = options_for(coroutines);
+    int round, fd, turn = back_turn = 0;
+    if (coroutines) options.handle_stream = sends_back;
+    else options.on_stream = sends_back_by_callbacks;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    for (round = 0; round < 96; round++) {
+        size_t wanted_size = 0, size, last = round < 48 ? 0 : 7;
+        size = make_lines(sent, wanted, &wanted_size, bursts[round * 3 % 8], &turn);
+        CHECK_INT(send(fd, sent, size - last, MSG_NOSIGNAL), (int)(size - last));
+        if (last) turns(2);
+        if (last) CHECK_INT(send(fd, sent + size - last, last, MSG_NOSIGNAL), (int)last);
+        CHECK_INT(take(fd, got, wanted_size), (int)wanted_size);
+        CHECK(memcmp(got, wanted, wanted_size) == 0);
+    }
+    CHECK_INT(back_turn, turn);
+    close(fd);
+    end();
+}
+
+static void what_was_received_is_sent_back_from_a_callback(void) {
+    bursts_come_back(0);
+}
+
+static void what_was_received_is_sent_back_from_a_coroutine(void) {
+    bursts_come_back(1);
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
+        TEST(what_was_received_is_sent_back_from_a_callback),
+        TEST(what_was_received_is_sent_back_from_a_coroutine),
         TEST(connections_are_served_side_by_side),
         TEST(options_report_every_default),
         TEST(stopping_twice_and_listening_again_work),

@@ -1818,7 +1818,7 @@ static void a_failure_with_a_record_half_out_tells_of_all_that_is_lost(void) {
     size_t queued = filled->out.size;
     tcpsrv__engine_feed(tcpsrv__link_of(filled)->engine, (const unsigned char *)junk, sizeof junk);
     filled->blocked = 0;
-    tcpsrv__output_step(filled);
+    tcpsrv__output_step(&filled->source);
     turns_until(has_closed);
     CHECK(close_result < TCPSRV_ETLS && close_result > TCPSRV_ERESOLVE);
     CHECK_INT(close_unsent, queued);
@@ -1840,7 +1840,7 @@ static void an_end_with_a_record_half_out_tells_of_no_more_than_is_lost(void) {
     while (!filled->dead) {
         if (recv(tcpsrv_fd(stream), bulk, BULK, MSG_DONTWAIT) < 0) CHECK_INT(errno, EAGAIN);
         filled->blocked = 0;
-        tcpsrv__output_step(filled);
+        tcpsrv__output_step(&filled->source);
     }
     turns_until(has_closed);
     CHECK_INT(close_result, -EPIPE);

@@ -44,7 +44,9 @@ typedef struct model_conn {
     int64_t close_ms;
 
     uint64_t in_pos;            /* bytes that reads have given */
-    size_t viewed;              /* those of the last read, as long as its view lives */
+    size_t viewed;              /* those of the last read, as long as its view lives, */
+    char *view;                 /* where it is, */
+    size_t view_used;           /* and what of it has become the bytes of a write */
     int reading, in_call;       /* a read waits; its call has not returned */
     model_want want;
     uint64_t read_due;          /* its deadline; 0: none */
@@ -116,7 +118,7 @@ static void model_secure_unknown(sim_link *link, int side) {
     const tcpsrv_loop *loop = sim.loop;
     int i;
     for (i = 1; loop && i < (int)loop->slot_count; i++) {
-        const tcpsrv__source *source = loop->slots[i].source;
+        const tcpsrv__source *source = tcpsrv__slot_source(loop, &loop->slots[i]);
         if (!source || source->type != &tcpsrv__stream_class ||
             source->fd != link->end[side].object->fd)
             continue;
@@ -497,6 +499,7 @@ static void model_read_begin(model_conn *conn, const model_want *want) {
     conn->reading = 1;
     conn->frame_asked = 0;
     conn->starved = 0;
+    conn->view = NULL;
     /* What gives no bytes leaves the last ones where they are. */
     if (want->kind != WANT_READY && (want->kind != WANT_EXACTLY || want->size)) conn->viewed = 0;
     conn->read_due = conn->read_ms > 0 ? sim.now + SIM_MS(conn->read_ms) : 0;
@@ -516,7 +519,10 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
         sim_broken(1, "stream %d: the %zu bytes from %llu on are not those sent", conn->number,
                    bytes.size, (unsigned long long)conn->in_pos);
     conn->in_pos += bytes.size;
-    if (bytes.size) conn->viewed = bytes.size;
+    if (!bytes.size) return;
+    conn->viewed = bytes.size;
+    conn->view = (char *)(uintptr_t)bytes.data;
+    conn->view_used = 0;
 }
 
 /* A read that ended with a code could not have been answered with what had come. */
@@ -686,11 +692,12 @@ static void model_quiet_close(const model_conn *conn) {
         sim_broken(2, "stream %d: on_close was not called", conn->number);
 }
 
-/* A stream holds at most four times what is unread or viewed, and 512 bytes. */
+/* A stream holds at most four times what is unread or viewed, and 512 bytes; its home, which it has
+   anyway as a part of its coroutine's page, is not counted. */
 static void model_quiet_memory(const model_conn *conn) {
     const tcpsrv__block *in = model_is_open(conn) && !conn->closing ? conn->stream->in : NULL;
     size_t kept = (size_t)model_available(conn) + conn->viewed;
-    if (!in || sim.alloc_failed) return;
+    if (!in || in->pool == TCPSRV__POOL_HOME || sim.alloc_failed) return;
     if (conn->want.kind == WANT_INTO) kept += conn->want.size;
     if (in->capacity > 4 * kept + 512)
         sim_broken(4, "stream %d holds %zu bytes for %zu", conn->number, in->capacity, kept);

@@ -306,21 +306,38 @@ static void write_done(model_conn *conn, int waited, uint64_t would) {
                    (unsigned long long)would);
 }
 
+/* How many bytes of the last read's view a write takes: often, as those of a server that changes
+   what it got and sends it back. */
+static size_t write_from_view(const model_conn *conn) {
+    size_t left = conn->viewed && conn->view ? conn->viewed - conn->view_used : 0;
+    if (!left || conn->closing || !model_is_open(conn) || sim_chance(3)) return 0;
+    return sim_chance(2) ? left : 1 + sim_below(left);
+}
+
 /* own: by the stream's own coroutines; from others' only the form that never waits. */
 static int conn_write(model_conn *conn, tcpsrv_stream *stream, size_t size, int own) {
     world_write kind = (world_write)sim_below(WRITE_KINDS);
     int in_coroutine = tcpsrv_self() != 0;
-    uint64_t before = conn->out_pos, would = size ? model_queued(conn) + size : 0;
+    uint64_t before = conn->out_pos, would;
     int was_dead = !model_is_open(conn), closing = conn->closing || conn->shut, err, waits;
-    char few[512], *data = (char *)world.scratch;
+    size_t echoed = write_from_view(conn);
+    char few[512], *data = (char *)world.scratch, *at;
+    if (echoed) size = echoed;
+    if (echoed) kind = WRITE_PLAIN;
     if (in_coroutine && !own && !world.may_wait) kind = WRITE_TRY;
+    would = size ? model_queued(conn) + size : 0;
     waits = in_coroutine && kind != WRITE_TRY;
     if (waits) data = size < sizeof few ? few : (char *)sim_heap_take(size + 1);
     if (!waits) conn->mixed = 1;
     if (waits) conn->writing++;
     SIM_TRACE("stream %d: write of kind %d, %zu bytes at %llu", conn->number, (int)kind, size,
               (unsigned long long)before);
-    err = write_call(conn, stream, kind, size, data);
+    at = data;
+    if (echoed && (!waits || would <= conn->high_water)) { /* the view may not last for a wait */
+        at = conn->view + conn->view_used;
+        conn->view_used += size;
+    }
+    err = write_call(conn, stream, kind, size, at);
     if (waits) conn->writing--;
     if (!conn->bound) model_bind_all();
     SIM_TRACE("stream %d: write = %d", conn->number, err);
