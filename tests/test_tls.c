@@ -1810,6 +1810,24 @@ static tcpsrv_stream *open_and_fill(service *here) {
     return stream;
 }
 
+/* While the stream waits to be told that it may send, an answer of the engine does not push out what
+   is in front of it: nobody would count that as sent, or tell of it. */
+static void what_was_sealed_goes_out_where_it_is_counted(void) {
+    service here;
+    tcpsrv_stream *stream = open_and_fill(&here);
+    tcpsrv__engine *engine = tcpsrv__link_of(filled)->engine;
+    size_t before, after;
+    CHECK(tcpsrv__engine_peek(engine, &before));
+    while (recv(tcpsrv_fd(stream), bulk, BULK, MSG_DONTWAIT) > 0) continue;
+    tcpsrv__link_push_own(filled);
+    CHECK(tcpsrv__engine_peek(engine, &after));
+    CHECK_INT(after, before);
+    CHECK(filled->owes);
+    tcpsrv_abort(stream);
+    turns_until(has_closed);
+    service_close(&here);
+}
+
 /* The engine drops what it has sealed; the stream does not count it as sent. */
 static void a_failure_with_a_record_half_out_tells_of_all_that_is_lost(void) {
     static const char junk[] = "This is no record, nor anything else that would be one.";
@@ -2239,6 +2257,7 @@ int main(int argc, char **argv) {
         TEST(newcomers_starve_no_handshake),
         TEST(an_end_without_close_notify_is_told_from_a_whole_one),
         TEST(a_close_with_unread_plaintext_ends_and_its_answer_arrives),
+        TEST(what_was_sealed_goes_out_where_it_is_counted),
         TEST(a_failure_with_a_record_half_out_tells_of_all_that_is_lost),
         TEST(an_end_with_a_record_half_out_tells_of_no_more_than_is_lost),
         TEST(a_peer_that_takes_nothing_ends_a_write_at_its_timeout),

@@ -184,6 +184,7 @@ static struct sim_state {
     uint64_t longest_ns;        /* turn */
     int peers_compute;          /* then it takes none */
     int entropies;              /* how often randomness was asked for */
+    int tight;                  /* many buffers are smaller than records */
     int wrong_names;            /* a client wants a name that no certificate has */
     int path_exists, path_inode; /* of the one Unix socket's file */
     uint64_t progress, progress_seen;

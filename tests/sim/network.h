@@ -361,7 +361,7 @@ static uint64_t net_next(void) {
 /* ---- making and ending connections ----------------------------------------------------------- */
 
 static uint64_t link_room(void) {
-    return sim_least_room + 1 + (sim_chance(4) ? sim_below(64) : sim_size(1 << 18));
+    return sim_least_room + 1 + (sim_chance(sim.tight ? 2 : 4) ? sim_below(64) : sim_size(1 << 18));
 }
 
 /* Of the last run. */

@@ -1203,6 +1203,7 @@ static void world_secure_options(tcpsrv_options *options) {
     secure.server->session_ttl_ns = sim_chance(3) ? SIM_MS(1 + sim_size(100)) : SIM_MS(300000);
     options->tls = secure.serves;
     options->handshake_timeout_ms = (int64_t)(sim_chance(8) ? 1 + sim_size(1500) : 0);
+    sim.tight = sim_chance(2);
     sim.curve_ns = sim_chance(4) ? SIM_MS(1) / 2 : 0;
     secure_remember(secure.server);
     secure_remember(secure.strict);
