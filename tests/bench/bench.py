@@ -625,8 +625,7 @@ def parts_of_rounds(servers):
 def parts_of_figures(servers):
     if not WORK or "count" in WORK:
         for server in servers:
-            if server not in ("go", "node"):
-                yield f"count-{server}", lambda one: [keep(row) for row in count([one])], (server,)
+            yield f"count-{server}", lambda one: [keep(row) for row in count([one])], (server,)
     if not WORK or "lines" in WORK:
         for server in [server for server in servers if server in OURS]:
             yield f"lines-of-{server}", keep_lines, (server,)
