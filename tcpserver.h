@@ -5479,7 +5479,8 @@ TCPSRV__INLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t 
     stream->owner->stats.bytes_read += size;
     tcpsrv__touch(stream, 0);
     if (size < asked && !stream->deep && !stream->ended) tcpsrv__read_dry(stream);
-    if (size == asked || stream->wide) tcpsrv__receive_adapt(stream, size, size == asked);
+    if (size == asked || stream->wide) /* behind bytes that were there it is a burst's rest */
+        tcpsrv__receive_adapt(stream, stream->in ? size + TCPSRV__HOME_SIZE : size, size == asked);
 }
 
 /* Where the next bytes go: the caller's own memory, or behind those that the stream holds; and
@@ -5565,9 +5566,9 @@ TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     asked = most < block->capacity && !stream->bulk ? most : block->capacity;
     n = tcpsrv__sys_receive(stream->source.fd, block->data, asked);
     if (TCPSRV__LIKELY(n > 0)) {
+        tcpsrv__received(stream, (size_t)n, asked);
         block->end = (size_t)n;
         stream->in = block;
-        tcpsrv__received(stream, (size_t)n, asked);
         return 0;
     }
     tcpsrv__block_give(stream->source.loop, block);

@@ -78,6 +78,7 @@ COUNTED = {
     "1-connection": ("line", "keep 1 64 1", 1, 200),
     "50-connections": ("line", "keep 50 64 1", 50, 40),
     "16-deep": ("line", "keep 50 64 16", 800, 10),
+    "32-deep": ("line", "keep 50 64 32", 1600, 10),
     "16-KB-lines": ("line", "keep 50 16384 1", 50, 10),
     "peer-closes": ("line", "peer 64", 1, 100),
     "server-closes": ("once", "server 64", 1, 100),

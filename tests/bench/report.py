@@ -16,6 +16,7 @@ TITLES = {
     "1000-connections": "64-byte lines, 1,000 connections",
     "10000-connections": "64-byte lines, 10,000 connections",
     "16-deep": "16 lines at a time, 50 connections",
+    "32-deep": "32 lines at a time, 50 connections",
     "64-deep": "64 lines at a time, 50 connections",
     "16-KB-lines": "16 KB lines, 50 connections",
     "bulk": "echo of 64 KB pieces, 4 in flight on 8 connections",
