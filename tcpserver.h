@@ -1036,13 +1036,15 @@ typedef int tcpsrv__iovlen;
                        /* or shorter than a function of its own with its calls */
 #define TCPSRV__NOINLINE __attribute__((noinline))
 #define TCPSRV__UNUSED __attribute__((unused))
-#define TCPSRV__COLD __attribute__((cold)) /* made small; so is what only such functions call */
+#define TCPSRV__COLD __attribute__((cold)) /* made small; so is what only such functions call, */
+#define TCPSRV__COPIES __attribute__((hot)) /* except this, whose copies would go byte by byte */
 #else
 #define TCPSRV__LIKELY(x) (x)
 #define TCPSRV__INLINE static
 #define TCPSRV__NOINLINE
 #define TCPSRV__UNUSED
 #define TCPSRV__COLD
+#define TCPSRV__COPIES
 #endif
 
 #define TCPSRV__APART TCPSRV__NOINLINE TCPSRV__COLD /* what hot functions seldom call */
@@ -4612,8 +4614,8 @@ static int tcpsrv__block_is_loose(const tcpsrv__block *block, size_t kept) {
 }
 
 /* The bytes from *from on in a block of their own size; the old one stays where there is none. */
-static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block,
-                                                         size_t from, size_t size) {
+static TCPSRV__NOINLINE TCPSRV__COPIES tcpsrv__block *
+tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block, size_t from, size_t size) {
     size_t kept = block->end - from;
     tcpsrv__block *fit = tcpsrv__block_take(loop, size > kept ? size : kept);
     if (!fit) return NULL;
@@ -5438,7 +5440,7 @@ static TCPSRV__COLD int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more
     return 0;
 }
 
-static TCPSRV__COLD int tcpsrv__input_put(tcpsrv_stream *stream, const char *data, size_t size) {
+static TCPSRV__COPIES int tcpsrv__input_put(tcpsrv_stream *stream, const char *data, size_t size) {
     tcpsrv__block *in;
     if (tcpsrv__input_reserve(stream, size) != 0) return -ENOMEM;
     in = stream->in;
@@ -6972,7 +6974,7 @@ TCPSRV_FAST int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t siz
 }
 
 /* All pieces as one message: copied together, so that no other writer comes between. */
-TCPSRV_IMPL int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count) {
+TCPSRV_HOT int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *block;
     size_t size = 0;
