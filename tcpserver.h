@@ -3248,6 +3248,8 @@ static void tcpsrv__run_timers(tcpsrv_loop *loop) {
     }
 }
 
+#define TCPSRV__NS(ms) ((uint64_t)(ms) * 1000000u) /* of a constant */
+
 static TCPSRV__COLD uint64_t tcpsrv__ms_to_ns(int64_t ms) {
     if (ms <= 0) return 0;
     return ms > INT64_MAX / 2000000 ? (uint64_t)INT64_MAX / 2 : (uint64_t)ms * 1000000u;
@@ -6248,7 +6250,7 @@ static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
     stream->readable = 1;
     stream->extra->linger_left = TCPSRV__LINGER_SIZE;
-    stream->extra->linger_due = stream->source.loop->now + tcpsrv__ms_to_ns(TCPSRV__LINGER_MS);
+    stream->extra->linger_due = stream->source.loop->now + TCPSRV__NS(TCPSRV__LINGER_MS);
     tcpsrv__alarm_arm(stream);
     tcpsrv__linger_step(stream);
 }
@@ -7003,22 +7005,21 @@ typedef struct tcpsrv__format {
 /* On the loop's stack, since libc's formatting alone may take 10 KB of it. */
 static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
     tcpsrv__format *work = (tcpsrv__format *)arg;
+    tcpsrv__block *block;
     va_list again;
-    int n;
-    work->block = tcpsrv__block_take(work->loop, 1024);
-    work->err = work->block ? 0 : -ENOMEM;
-    if (work->err) return;
-    va_copy(again, work->arguments);
-    n = vsnprintf(work->block->data, work->block->capacity, work->format, again);
-    va_end(again);
-    if (n >= 0 && (size_t)n >= work->block->capacity) {
-        tcpsrv__block_return(work->loop, work->block);
-        work->block = tcpsrv__block_take(work->loop, (size_t)n + 1);
-        if (work->block) vsnprintf(work->block->data, (size_t)n + 1, work->format,
-                                   work->arguments);
+    int n = 1023;
+    for (;;) {
+        work->block = block = tcpsrv__block_take(work->loop, (size_t)n + 1);
+        work->err = block ? 0 : -ENOMEM;
+        if (!block) return;
+        va_copy(again, work->arguments);
+        n = vsnprintf(block->data, block->capacity, work->format, again);
+        va_end(again);
+        if (n < 0) work->err = tcpsrv__failed();
+        else block->end = (size_t)n;
+        if (n < 0 || (size_t)n < block->capacity) return;
+        tcpsrv__block_return(work->loop, block);
     }
-    work->err = n < 0 ? -errno : work->block ? 0 : -ENOMEM;
-    if (!work->err) work->block->end = (size_t)n;
 }
 
 TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
@@ -10606,7 +10607,7 @@ static TCPSRV__COLD int tcpsrv__race_on(tcpsrv__race *race, int err) {
         if (!stream->connecting || !stream->extra->making) return 0;
     }
     if (race->next < race->names.count)
-        tcpsrv__timer_arm(loop, &race->timer, loop->now + tcpsrv__ms_to_ns(TCPSRV__ATTEMPT_MS));
+        tcpsrv__timer_arm(loop, &race->timer, loop->now + TCPSRV__NS(TCPSRV__ATTEMPT_MS));
     return race->attempts ? 0 : err;
 }
 
@@ -11586,7 +11587,7 @@ static TCPSRV__COLD void tcpsrv__worker_tell(const tcpsrv_loop *loop) {
 
 /* At the end of a turn. A busy loop does not pay for it turn after turn. */
 static TCPSRV__COLD void tcpsrv__worker_turn(tcpsrv_loop *loop) {
-    loop->untold = loop->now - loop->told_at < (uint64_t)TCPSRV__TELL_MS * 1000000u;
+    loop->untold = loop->now - loop->told_at < TCPSRV__NS(TCPSRV__TELL_MS);
     if (loop->untold) return;
     loop->told_at = loop->now;
     tcpsrv__worker_tell(loop);
@@ -11809,7 +11810,7 @@ static TCPSRV__COLD void tcpsrv__favour(tcpsrv *server) {
 static TCPSRV__COLD void tcpsrv__memory_fire(tcpsrv_loop *loop, tcpsrv__timer *timer) {
     tcpsrv *server = TCPSRV__CONTAINER(tcpsrv, memory_timer, timer);
     uint64_t held = server->owner.stats.buffer_memory, limit = server->owner.options.memory_limit;
-    int stuck = loop->now - server->freed_at >= tcpsrv__ms_to_ns(TCPSRV__STUCK_MS);
+    int stuck = loop->now - server->freed_at >= TCPSRV__NS(TCPSRV__STUCK_MS);
     tcpsrv_stream *heaviest = NULL;
     tcpsrv__timer_arm(loop, timer, TCPSRV__NEVER);
     if (!server->owner.full) return;
@@ -11825,7 +11826,7 @@ static TCPSRV__COLD void tcpsrv__memory_fire(tcpsrv_loop *loop, tcpsrv__timer *t
         server->freed_at = loop->now;
     }
     tcpsrv__favour(server);
-    tcpsrv__timer_arm(loop, timer, server->freed_at + tcpsrv__ms_to_ns(TCPSRV__STUCK_MS));
+    tcpsrv__timer_arm(loop, timer, server->freed_at + TCPSRV__NS(TCPSRV__STUCK_MS));
     if (!heaviest) return;
     server->owner.stats.memory_ends++;
     server->busy++;
@@ -11932,7 +11933,7 @@ TCPSRV_IMPL void tcpsrv_drain(tcpsrv *server, int64_t timeout_ms) {
     if (!loop) return;
     server->drained_told = server->drain_over = 0;
     tcpsrv__refresh_now(loop);
-    first = loop->now + tcpsrv__ms_to_ns(TCPSRV__FIRST_MS);
+    first = loop->now + TCPSRV__NS(TCPSRV__FIRST_MS);
     server->drain_due = timeout_ms < 0 ? TCPSRV__NEVER : loop->now + tcpsrv__ms_to_ns(timeout_ms);
     tcpsrv__drain_step(server, 1, first < server->drain_due ? first : server->drain_due);
 }
@@ -12684,7 +12685,7 @@ static TCPSRV__COLD void tcpsrv__give_up(tcpsrv__family *family, int task_id, co
                        "child %d crashed: %s: giving up after %d restarts, %d of them its own",
                        task_id, how, restarts, family->children[task_id].restarts);
     family->gave_up = 1;
-    family->kill_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(TCPSRV__GIVE_UP_MS);
+    family->kill_at = tcpsrv__clock_ns() + TCPSRV__NS(TCPSRV__GIVE_UP_MS);
     tcpsrv__family_end(family);
 }
 
@@ -12699,7 +12700,7 @@ static TCPSRV__COLD void tcpsrv__child_crashed(tcpsrv__family *family, int task_
     family->restarts_left--;
     family->restarts++;
     child->restarts++;
-    if (now - child->started > tcpsrv__ms_to_ns(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
+    if (now - child->started > TCPSRV__NS(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
     tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d crashed: %s: restart %d in %d ms",
                        task_id, how, child->restarts, (int)child->pause_ms);
     child->restart_at = now + tcpsrv__ms_to_ns(child->pause_ms);
@@ -12737,7 +12738,7 @@ static TCPSRV__COLD int tcpsrv__family_restart(tcpsrv__family *family) {
         if (child->restart_at > tcpsrv__clock_ns()) continue;
         err = tcpsrv__child_start(family, i);
         if (err == 1) return 1;
-        if (err < 0) child->restart_at = tcpsrv__clock_ns() + tcpsrv__ms_to_ns(1000);
+        if (err < 0) child->restart_at = tcpsrv__clock_ns() + TCPSRV__NS(1000);
     }
     return 0;
 }
@@ -12976,6 +12977,14 @@ static TCPSRV__COLD void tcpsrv__family_obey(tcpsrv__family *family) {
     if (tcpsrv__family_told(family, SIGUSR2)) tcpsrv__family_upgrade(family);
 }
 
+/* In the parent. The counters stay: another thread may be reading them. */
+static TCPSRV__COLD void tcpsrv__family_close(tcpsrv__family *family) {
+    tcpsrv__family_restore(family);
+    tcpsrv__sys_close(family->lifeline[0]);
+    tcpsrv__successor_close(&family->successor);
+    tcpsrv__family_free(family);
+}
+
 /* Returns in children that were restarted; the parent exits. */
 static TCPSRV__COLD int tcpsrv__supervise(tcpsrv__family *family) {
     int status, fds[3];
@@ -12992,10 +13001,7 @@ static TCPSRV__COLD int tcpsrv__supervise(tcpsrv__family *family) {
         if (tcpsrv__family_restart(family)) return tcpsrv__own_task_id;
     }
     status = family->gave_up;
-    tcpsrv__family_restore(family);
-    tcpsrv__sys_close(family->lifeline[0]);
-    tcpsrv__successor_close(&family->successor);
-    tcpsrv__family_free(family);
+    tcpsrv__family_close(family);
     tcpsrv__unix_sockets_forget();
     tcpsrv__sys_exit(status);
     return -1;
@@ -13036,10 +13042,8 @@ static TCPSRV__COLD void tcpsrv__family_undo(tcpsrv__family *family) {
     tcpsrv__family_kill(family, SIGKILL);
     for (i = 0; i < family->count; i++)
         if (family->children[i].pid) tcpsrv__sys_reap(family->children[i].pid, &status, 1);
-    tcpsrv__family_restore(family);
-    tcpsrv__sys_close(family->lifeline[0]);
     tcpsrv__workers_unmap();
-    tcpsrv__family_free(family);
+    tcpsrv__family_close(family);
 }
 
 static TCPSRV__COLD int tcpsrv__fork_family(int num_processes, int max_restarts,
