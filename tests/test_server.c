@@ -1022,6 +1022,61 @@ static void bursts_come_back(int coroutines) {
     end();
 }
 
+/* Lines that may have eight bytes; the end of the reads is told. */
+static int short_err;
+
+static int short_lines(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    (void)peer, (void)user;
+    while ((short_err = tcpsrv_read_until(stream, "\n", 8, &line)) == 0)
+        CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+    return 0;
+}
+
+static void on_short_line(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    short_err = err;
+    if (!err) err = tcpsrv_write(stream, line.data, line.size);
+    if (!err) err = tcpsrv_read(stream, tcpsrv_until("\n", 8), on_short_line, user);
+    if (err) tcpsrv_close(stream);
+}
+
+static int short_lines_by_callbacks(tcpsrv_stream *stream, const tcpsrv_address *peer,
+                                    void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 8), on_short_line, user);
+}
+
+/* Each burst comes as one event, behind some that were served. */
+static void long_lines_end_short_reads(int coroutines) {
+    static const char *const bursts[] = { "12345678\n", "1234567\n12345678\n", "123456789" };
+    tcpsrv_options options = options_for(coroutines);
+    int i, served, fd;
+    for (i = 0; i < 3; i++) {
+        if (coroutines) options.handle_stream = short_lines;
+        else options.on_stream = short_lines_by_callbacks;
+        begin(&options);
+        fd = client(tcpsrv_port(server, 0));
+        for (served = 0; served < 3; served++) {
+            ask(fd, "1234567\n");
+            expect(fd, "1234567\n");
+        }
+        ask(fd, bursts[i]);
+        if (i == 1) expect(fd, "1234567\n");
+        CHECK(at_end(fd));
+        CHECK_INT(short_err, TCPSRV_ETOOBIG);
+        close(fd);
+        end();
+    }
+}
+
+static void a_line_longer_than_max_ends_a_callbacks_read(void) {
+    long_lines_end_short_reads(0);
+}
+
+static void a_line_longer_than_max_ends_a_coroutines_read(void) {
+    long_lines_end_short_reads(1);
+}
+
 static void what_was_received_is_sent_back_from_a_callback(void) {
     bursts_come_back(0);
 }
@@ -1032,6 +1087,8 @@ static void what_was_received_is_sent_back_from_a_coroutine(void) {
 
 int main(int argc, char **argv) {
     static const test_case tests[] = {
+        TEST(a_line_longer_than_max_ends_a_callbacks_read),
+        TEST(a_line_longer_than_max_ends_a_coroutines_read),
         TEST(what_was_received_is_sent_back_from_a_callback),
         TEST(what_was_received_is_sent_back_from_a_coroutine),
         TEST(connections_are_served_side_by_side),
