@@ -2013,8 +2013,8 @@ static void tcpsrv__sys_give_back(char *memory, size_t size) {
 #else
 #define TCPSRV__ASAN_LEAVE(fake, bottom, size) ((void)0)
 #define TCPSRV__ASAN_ENTER(fake, bottom, size) ((void)0)
-#if defined(VALGRIND_MAKE_MEM_UNDEFINED) /* where frames have ended it lets nobody else write */
-#define TCPSRV__STACK_FRESH(memory, size) ((void)VALGRIND_MAKE_MEM_UNDEFINED(memory, size))
+#if defined(VALGRIND_MAKE_MEM_DEFINED) /* as a mapping: where frames have ended nobody may write */
+#define TCPSRV__STACK_FRESH(memory, size) ((void)VALGRIND_MAKE_MEM_DEFINED(memory, size))
 #define TCPSRV__STACK_STALE(memory, size) ((void)VALGRIND_MAKE_MEM_NOACCESS(memory, size))
 #else
 #define TCPSRV__STACK_FRESH(memory, size) ((void)0)
