@@ -4893,9 +4893,9 @@ struct tcpsrv_stream { /* what is used most comes first: there instructions are 
     unsigned owes : 1;              /* the transport has bytes of its own to send */
     unsigned armed : 1;             /* the poller tells edges of writability */
     unsigned peer_kind : 2;         /* as tcpsrv__families */
-    uint16_t receive_turn;
-    int16_t error;                  /* why it is dead */
+    uint8_t receive_turn;           /* its lowest bits: a read may have to wait one turn more */
     uint8_t burst, want_kind, lane;
+    int16_t error;                  /* why it is dead */
     uint16_t peer_port;
     uint32_t charged;               /* what it holds, in units */
     tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
@@ -5561,7 +5561,7 @@ TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     tcpsrv__block *block;
     size_t asked, most = stream->owner->options.read_chunk_size;
     long n;
-    stream->receive_turn = (uint16_t)stream->source.loop->turn;
+    stream->receive_turn = (uint8_t)stream->source.loop->turn;
     tcpsrv__leave_input(stream);
     if (stream->in || stream->foreign || stream->want_kind == TCPSRV__WANT_INTO)
         return tcpsrv__receive_more(stream);
@@ -5735,7 +5735,7 @@ static TCPSRV__APART int tcpsrv__read_try(tcpsrv_stream *stream, int *err, tcpsr
             return 1;
         }
         if (!stream->readable || stream->dead || stream->eof || stream->connecting ||
-            stream->receive_turn == (uint16_t)stream->source.loop->turn ||
+            stream->receive_turn == (uint8_t)stream->source.loop->turn ||
             (stream->owner->full && tcpsrv__must_not_grow(stream)))
             return tcpsrv__read_stuck(stream, err);
         *err = tcpsrv__receive(stream);
@@ -6393,7 +6393,7 @@ static TCPSRV__APART void tcpsrv__serve_received(tcpsrv_stream *stream, tcpsrv__
         n = 0;
     } else {
         stream->readable = 1;
-        stream->receive_turn = (uint16_t)stream->source.loop->turn;
+        stream->receive_turn = (uint8_t)stream->source.loop->turn;
         tcpsrv__received(stream, (size_t)n, asked);
     }
     tcpsrv__serve_long_way(stream, block, block->data, (size_t)n);
@@ -6597,7 +6597,7 @@ static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *
     stream->winding = tcpsrv__winds(owner) != 0;
     stream->readable = 1;
     stream->blocked = 0;
-    stream->receive_turn = (uint16_t)(loop->turn - 1);
+    stream->receive_turn = (uint8_t)(loop->turn - 1);
     if (owner->idle_ns) {
         err = tcpsrv__extra_make(stream) ? 0 : -ENOMEM;
         if (!err) stream->extra->active = loop->now;

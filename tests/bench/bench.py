@@ -54,12 +54,14 @@ SERVERS = ["raw_epoll"] + OURS + ["libuv", "libevent", "libev"] + list(SCRIPTS)
 
 FILE_SIZE = 64 << 20
 
+LONGER = " warm=400 ms=700" # where all connections together take that long for one request each
+
 # name: mode of the server, arguments of load
 WORKS = {
     "1-connection": ("line", "work=keep connections=1"),
     "50-connections": ("line", "work=keep connections=50"),
     "1000-connections": ("line", "work=keep connections=1000"),
-    "10000-connections": ("line", "work=keep connections=10000"),
+    "10000-connections": ("line", "work=keep connections=10000" + LONGER),
     "16-deep": ("line", "work=keep depth=16"),
     "64-deep": ("line", "work=keep depth=64"),
     "16-KB-lines": ("line", "work=keep size=16384"),
@@ -550,7 +552,8 @@ def growth_round(number):
     """The cost of a request with the number of connections."""
     for connections in GROWTH:
         for server, mode in GROWING:
-            row = load(server, mode, f"work=keep connections={connections}")
+            row = load(server, mode, f"work=keep connections={connections}" +
+                       (LONGER if connections >= 10000 else ""))
             keep(dict(kind="growth", server=server, mode=mode, connections=connections,
                       round=number, **row))
 

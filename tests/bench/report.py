@@ -557,6 +557,11 @@ def lines_plot(rows, blocks):
     return "plot " + ", ".join(parts) + "\n"
 
 
+def above(rows, column):
+    """Room for the key above the lines."""
+    return 1.7 * max(float(row[column]) for row in rows)
+
+
 def draw_growth():
     rows, blocks = read_tsv("connections.tsv"), Blocks()
     cpu = connections_plot(rows, "cpu_us", blocks)
@@ -567,14 +572,14 @@ set multiplot layout 1,3 margins 0.05,0.985,0.17,0.9 spacing 0.06
 set grid lc rgb '#e4e4e4' lt 1
 set logscale x
 set xrange [7:22000]
-set yrange [0:*]
+set yrange [0:{above(rows, "cpu_us"):.3g}]
 set xtics ('10' 10, '100' 100, '1,000' 1000, '10,000' 10000)
 set xlabel 'connections'
 set title 'CPU µs a request'
-set key bottom right font ',11'
+set key top left font ',11'
 {cpu}
 set title 'instructions a request in user space'
-set yrange [0:*]
+set yrange [0:{above(rows, "instructions"):.3g}]
 {instructions}
 set title 'µs for a line that arrives in pieces'
 set xrange [40:100000000]
