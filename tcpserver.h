@@ -3830,7 +3830,7 @@ struct tcpsrv__co {
     void *arg;
     void (*on_end)(tcpsrv__co *co); /* instead of keeping the result for a join */
     tcpsrv__waiter *waiter;     /* what it waits for */
-    tcpsrv__waiter *joiner;
+    struct tcpsrv__join_wait *joiner;
     tcpsrv__slab *slab;
     char *stack;
     void *fake, *fiber;         /* for ASan and TSan */
@@ -4017,7 +4017,7 @@ static TCPSRV__COLD void tcpsrv__co_unref(tcpsrv__source *source) {
     tcpsrv__stack_return(pool, slab, stack);
 }
 
-static void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int result);
+static void tcpsrv__join_done(struct tcpsrv__join_wait *wait, int result);
 
 /* Twice as large; what had wrapped round to the front goes behind the rest. */
 static TCPSRV__COLD void tcpsrv__ended_grow(tcpsrv_loop *loop) {
@@ -4051,7 +4051,7 @@ static TCPSRV__COLD void tcpsrv__co_keep_result(tcpsrv__co *co) {
 static TCPSRV__COLD void tcpsrv__co_end(void *arg) {
     tcpsrv__co *co = (tcpsrv__co *)arg;
     if (co->on_end) co->on_end(co);
-    else if (co->joiner) tcpsrv__waiter_done(co->joiner, co->result);
+    else if (co->joiner) tcpsrv__join_done(co->joiner, co->result);
     else if (!co->source.loop->ending) tcpsrv__co_keep_result(co);
     tcpsrv__source_end(&co->source);
 }
@@ -4230,7 +4230,13 @@ static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
 typedef struct tcpsrv__join_wait {
     tcpsrv__waiter waiter;
     tcpsrv__co *awaited;
+    int result;                 /* any number: not the waiter's, which has one for waiting */
 } tcpsrv__join_wait;
+
+static TCPSRV__COLD void tcpsrv__join_done(tcpsrv__join_wait *wait, int result) {
+    wait->result = result;
+    tcpsrv__waiter_done(&wait->waiter, 0);
+}
 
 static TCPSRV__COLD void tcpsrv__join_cancel(tcpsrv__waiter *waiter) {
     TCPSRV__CONTAINER(tcpsrv__join_wait, waiter, waiter)->awaited->joiner = NULL;
@@ -4253,8 +4259,9 @@ static int tcpsrv__join_running(tcpsrv_loop *loop, tcpsrv__co *co) {
     memset(&wait, 0, sizeof wait);
     tcpsrv__waiter_init(&wait.waiter, tcpsrv__join_cancel);
     wait.awaited = co;
-    co->joiner = &wait.waiter;
-    return tcpsrv__wait(loop, &wait.waiter);
+    co->joiner = &wait;
+    err = tcpsrv__wait(loop, &wait.waiter);
+    return err ? err : wait.result;
 }
 
 TCPSRV_IMPL int tcpsrv_join(int64_t id) {

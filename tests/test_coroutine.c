@@ -111,6 +111,23 @@ static void join_gives_the_result_once(void) {
     end();
 }
 
+static int join_lowest(void *unused) {
+    (void)unused;
+    return tcpsrv_join(spawn(give, number(INT_MIN)));
+}
+
+static void any_result_ends_a_join(void) {
+    static const int results[] = { INT_MIN, INT_MAX, TCPSRV_ECANCELED };
+    size_t i;
+    begin();
+    for (i = 0; i < sizeof results / sizeof results[0]; i++) {
+        int64_t id = spawn(give, number(results[i]));
+        CHECK_INT(tcpsrv_join(id), results[i]);
+    }
+    CHECK_INT(tcpsrv_join(spawn(join_lowest, NULL)), INT_MIN);
+    end();
+}
+
 static void join_of_an_unknown_id_is_refused(void) {
     int64_t timer;
     begin();
@@ -1214,6 +1231,7 @@ int main(int argc, char **argv) {
         TEST(a_coroutine_runs_from_the_next_turn_on_in_the_order_of_the_calls),
         TEST(a_coroutine_spawned_by_one_does_not_run_inside_it),
         TEST(join_gives_the_result_once),
+        TEST(any_result_ends_a_join),
         TEST(join_of_an_unknown_id_is_refused),
         TEST(join_waits_for_the_end),
         TEST(a_second_joiner_is_refused),
