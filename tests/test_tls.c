@@ -1810,8 +1810,8 @@ static tcpsrv_stream *open_and_fill(service *here) {
     return stream;
 }
 
-/* While the stream waits to be told that it may send, an answer of the engine does not push out what
-   is in front of it: nobody would count that as sent, or tell of it. */
+/* While the stream waits to be told that it may send, an answer of the engine does not push out
+   what is in front of it: nobody would count that as sent, or tell of it. */
 static void what_was_sealed_goes_out_where_it_is_counted(void) {
     service here;
     tcpsrv_stream *stream = open_and_fill(&here);
