@@ -6813,9 +6813,10 @@ static TCPSRV__APART int tcpsrv__await_anyhow(tcpsrv_stream *stream, tcpsrv_want
     tcpsrv_loop *loop = stream->source.loop;
     int is_own = stream->in_stack && loop->current &&
                  loop->current == tcpsrv__await_of(stream)->waiter.co;
-    tcpsrv__read_wait other, *wait = is_own ? tcpsrv__await_of(stream) : &other;
+    tcpsrv__read_wait other, *wait = &other;
     tcpsrv_bytes unused;
     int err = tcpsrv__may_wait(loop);
+    if (is_own) wait = tcpsrv__await_of(stream);
     if (!bytes) bytes = &unused;
     if (!err) err = tcpsrv__read_begin(stream, &want, tcpsrv__await_done, wait);
     if (err) return tcpsrv__await_refused(err, stream, bytes);
