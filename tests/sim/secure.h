@@ -43,6 +43,7 @@ struct sim_secure {
     int notifies, closing;      /* with close_notify */
     int resumes;
     const char *name;           /* that a client asks for; NULL: none */
+    const char *session_name;   /* that its session was made for */
     uint16_t suite;
     uint64_t got;               /* up to where it has decrypted */
     size_t piece;               /* of what it sends, at most */
@@ -144,7 +145,7 @@ static void secure_prepare(void) {
 
 /* The session that a client may go on with: one for each name and suite. */
 static void secure_session(const struct sim_secure *end, br_ssl_session_parameters *session) {
-    int number = 1000 + (end->name ? (int)end->name[0] : 0) + (int)end->suite;
+    int number = 1000 + (end->session_name ? (int)end->session_name[0] : 0) + (int)end->suite;
     memset(session, 0, sizeof *session);
     sim_entropy(number, session->session_id, sizeof session->session_id);
     session->session_id_len = sizeof session->session_id;
@@ -166,10 +167,10 @@ static void secure_remember(tcpsrv_tls *tls) {
     for (i = 0; i < 8; i++) {
         memset(&engine, 0, sizeof engine);
         engine.tls = tls;
-        end.name = secure_names[i / 2];
+        end.session_name = secure_names[i / 2];
         end.suite = secure_suites[i % 2];
         secure_session(&end, &session);
-        tcpsrv__session_name(&engine, end.name ? end.name : "");
+        tcpsrv__session_name(&engine, end.session_name ? end.session_name : "");
         tcpsrv__session_save(&engine.cache, NULL, &session);
     }
 }
@@ -290,6 +291,7 @@ static void peer_secure(sim_peer *peer, int client, int upgrades) {
     end->shows = !sim_chance(4);
     end->empties = sim_chance(8);
     end->name = secure_names[sim_below(4)];
+    end->session_name = sim_chance(8) ? secure_names[sim_below(4)] : end->name;
     end->suite = secure_suites[sim_below(2)];
     if (end->fault == SECURE_OLD) end->suite = BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA;
     if (end->fault == SECURE_STRANGE) end->suite = BR_TLS_RSA_WITH_AES_128_GCM_SHA256;
@@ -308,7 +310,7 @@ static void secure_scripted(sim_peer *peer) {
     end->fault = SECURE_FINE;
     end->notifies = 1;
     end->resumes = peer->number % 2 == 0;
-    end->name = secure_names[1];
+    end->name = end->session_name = secure_names[1];
     end->suite = secure_suites[0];
     end->piece = 200;
     if (end->upgrades) end->upgrade_at = peer->link->upgrade_at = 20;
@@ -411,6 +413,8 @@ static void secure_settle(sim_peer *peer) {
             end->shown.leaf_size !=
                 secure.server->pairs[end->name && *end->name == 'b'].chain[0].data_len)
             sim_broken(2, "peer %d was shown another certificate", peer->number);
+        if (end->client && !end->shown.count && end->session_name != end->name)
+            sim_broken(2, "peer %d goes on with the session of another name", peer->number);
     }
 }
 
