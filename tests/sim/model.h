@@ -245,9 +245,9 @@ static int model_told_end(const model_conn *conn) {
     return conn->secure && conn->bound ? model_notified(conn) : conn->object->told_end;
 }
 
-/* By TLS before it died of something else. */
+/* By TLS it is told when it asks, which it may have died before, or have no memory for. */
 static int model_input_ended(const model_conn *conn) {
-    return model_told_end(conn) && (!conn->secure || !conn->stream->dead || conn->stream->eof);
+    return model_told_end(conn) && (!conn->secure || conn->stream->eof);
 }
 
 /* Whether TLS may end with this code. */
