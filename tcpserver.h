@@ -88,7 +88,8 @@
  *   TCPSERVER_USE_EPOLL, TCPSERVER_USE_KQUEUE, TCPSERVER_USE_POLL   instead of the system's best
  *   TCPSERVER_REALLOC(ptr, size)   realloc's contract, also among threads; size 0 frees, and its
  *                                  result is ignored
- *   Where <valgrind/memcheck.h> was included before, valgrind is told of coroutine stacks.
+ *   Where <valgrind/memcheck.h> was included before, valgrind is told of coroutine stacks, and
+ *   nothing is read that nobody has written.
  *
  * SECTIONS (search for the tag)
  *   >>api         what a user reads: constants, types, every call and its contract
@@ -1247,9 +1248,11 @@ static TCPSRV__NOINLINE size_t tcpsrv__find_char_within(const char *data, char c
     return found ? (size_t)(found - data) : size;
 }
 
-/* The same for what is mostly short: it may look at bytes behind the end, which must be there. */
+/* The same for what is mostly short: it may look at bytes behind the end, which must be there, but
+   need not have been written: valgrind would tell of each look. */
 enum { TCPSRV__FIND_BEHIND = 64 };
-#if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__)
+#if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__) && \
+    !defined(VALGRIND_MAKE_MEM_DEFINED)
 typedef char tcpsrv__16 __attribute__((vector_size(16)));
 
 TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) {
