@@ -144,6 +144,24 @@ static void connections_are_served_side_by_side(void) {
     both(serve_body);
 }
 
+static void parts_body(void) {
+    static const char *const parts[] = { "o", "ne\n", "a line", " in parts\n", "x\ny", "\n" };
+    int fd = client(tcpsrv_port(server, 0));
+    size_t i;
+    for (i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        turns(2);
+        ask(fd, parts[i]);
+        turns(2);
+        if (i % 2) expect(fd, i == 1 ? "one\n" : i == 3 ? "a line in parts\n" : "x\ny\n");
+    }
+    close(fd);
+}
+
+/* Into memory that nothing was in before: valgrind says whether it is looked at. */
+static void nothing_hangs_on_what_lies_behind_a_part_of_a_line(void) {
+    both(parts_body);
+}
+
 static void options_report_every_default(void) {
     tcpsrv_options zero = options_for(1);
     const tcpsrv_options *full;
@@ -1093,6 +1111,7 @@ int main(int argc, char **argv) {
         TEST(what_was_received_is_sent_back_from_a_callback),
         TEST(what_was_received_is_sent_back_from_a_coroutine),
         TEST(connections_are_served_side_by_side),
+        TEST(nothing_hangs_on_what_lies_behind_a_part_of_a_line),
         TEST(options_report_every_default),
         TEST(stopping_twice_and_listening_again_work),
         TEST(a_handler_may_stop_the_server_in_the_middle_of_a_batch),
