@@ -988,6 +988,9 @@ typedef int tcpsrv__iovlen;
 #if __has_feature(thread_sanitizer)
 #define TCPSRV__TSAN 1
 #endif
+#if __has_feature(memory_sanitizer)
+#define TCPSRV__MSAN
+#endif
 #endif
 #if defined(__SANITIZE_ADDRESS__) && !defined(TCPSRV__ASAN)
 #define TCPSRV__ASAN 1
@@ -1249,10 +1252,10 @@ static TCPSRV__NOINLINE size_t tcpsrv__find_char_within(const char *data, char c
 }
 
 /* The same for what is mostly short: it may look at bytes behind the end, which must be there, but
-   need not have been written: valgrind would tell of each look. */
+   need not have been written: valgrind and MSan would tell of each look. */
 enum { TCPSRV__FIND_BEHIND = 64 };
 #if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__) && \
-    !defined(VALGRIND_MAKE_MEM_DEFINED)
+    !defined(VALGRIND_MAKE_MEM_DEFINED) && !defined(TCPSRV__MSAN)
 typedef char tcpsrv__16 __attribute__((vector_size(16)));
 
 TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) {
