@@ -827,6 +827,10 @@ static void world_timer_new(void) {
     world_timer *timer = &world.timers[world.timer_count];
     int64_t ms = (int64_t)sim_size(200);
     if (world.timer_count == WORLD_TIMERS) return;
+    if (tcpsrv__thread()->turning != world.loop) { /* then time counts from now, not from a turn */
+        sim.now += sim.computed_ns;
+        sim.computed_ns = 0;
+    }
     memset(timer, 0, sizeof *timer);
     timer->period = sim_chance(4) && ms ? SIM_MS(ms) : 0;
     timer->due = sim.now + SIM_MS(ms);
