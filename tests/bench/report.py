@@ -583,7 +583,7 @@ set yrange [0:{above(rows, "instructions"):.3g}]
 {instructions}
 set title 'µs for a line that arrives in pieces'
 set xrange [40:100000000]
-set yrange [0.1:*]
+set yrange [0.05:*]
 set logscale y
 set format y '10^{{%T}}'
 set xtics ('64 B' 64, '4 KB' 4096, '256 KB' 262144, '16 MB' 16777216)
