@@ -123,7 +123,7 @@ repository_words() {
     words="$words|(^|[^a-z])([Ii]ssue *#?[0-9]+|PR *#?[0-9]+|GH-[0-9]+)([^a-z]|$)"
     words="$words|(^|[^A-Za-z0-9_.\$}/])/(work|home|root|opt|Users)/[A-Za-z]"
     words="$words|https?://"
-    allowed='https?://(127\.0\.0\.1|localhost|\[::1\]|example\.(com|org)|www\.w3\.org)' # SVG's names
+    allowed='https?://(127\.0\.0\.1|localhost|\[::1\]|example\.(com|org)|www\.w3\.org)'
     while read -r file; do
         [ ! -f "$file" ] || grep -nE -- "$words" "$file" /dev/null
     done <"$tmp/files" | grep -vE "$allowed"
