@@ -342,10 +342,14 @@ static void sim_moved(void) {
 
 /* ---- clock ----------------------------------------------------------------------------------- */
 
+static uint64_t sim_clock(void) {
+    return sim.now + sim.computed_ns;
+}
+
 SIM_PRIVATE int sim_clock_gettime(clockid_t clock, struct timespec *now) {
     (void)clock;
-    now->tv_sec = (time_t)((sim.now + sim.computed_ns) / 1000000000u);
-    now->tv_nsec = (long)((sim.now + sim.computed_ns) % 1000000000u);
+    now->tv_sec = (time_t)(sim_clock() / 1000000000u);
+    now->tv_nsec = (long)(sim_clock() % 1000000000u);
     return 0;
 }
 

@@ -814,7 +814,7 @@ static void world_on_timer(void *arg) {
         world.timer_last_order = timer->order;
         timer->used = 0;
     } else {
-        timer->due += ((sim.now - timer->due) / timer->period + 1) * timer->period;
+        timer->due += ((sim_clock() - timer->due) / timer->period + 1) * timer->period;
         if (++timer->calls > 20) {
             tcpsrv_cancel(world.loop, timer->id);
             timer->used = 0;
@@ -827,13 +827,9 @@ static void world_timer_new(void) {
     world_timer *timer = &world.timers[world.timer_count];
     int64_t ms = (int64_t)sim_size(200);
     if (world.timer_count == WORLD_TIMERS) return;
-    if (tcpsrv__thread()->turning != world.loop) { /* then time counts from now, not from a turn */
-        sim.now += sim.computed_ns;
-        sim.computed_ns = 0;
-    }
     memset(timer, 0, sizeof *timer);
     timer->period = sim_chance(4) && ms ? SIM_MS(ms) : 0;
-    timer->due = sim.now + SIM_MS(ms);
+    timer->due = sim_clock() + SIM_MS(ms);
     timer->order = world.timer_order++;
     if (timer->period) timer->id = tcpsrv_call_every(world.loop, ms, world_on_timer, timer);
     else if (ms) timer->id = tcpsrv_call_later(world.loop, ms, world_on_timer, timer);
