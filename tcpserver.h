@@ -4175,9 +4175,9 @@ static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int res
 }
 
 /* As done, but the coroutine runs now: only from the loop, as the last thing that is done there. */
-TCPSRV__INLINE void tcpsrv__waiter_resume(tcpsrv_loop *loop, tcpsrv__waiter *waiter, int result) {
+static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
     waiter->result = result;
-    if (waiter->co) tcpsrv__co_resume_here(loop, waiter->co);
+    if (waiter->co) tcpsrv__co_resume(&waiter->co->source);
 }
 
 /* Whether a call may wait here: 0 or the code to return. */
@@ -4331,8 +4331,7 @@ static TCPSRV__NOINLINE void tcpsrv__waiter_done(tcpsrv__waiter *waiter, int res
     waiter->result = result;
 }
 
-static void tcpsrv__waiter_resume(tcpsrv_loop *loop, tcpsrv__waiter *waiter, int result) {
-    (void)loop;
+static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
     tcpsrv__waiter_done(waiter, result);
 }
 
@@ -4564,7 +4563,7 @@ static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take_next(tcpsrv_loop *loop
     return block;
 }
 
-TCPSRV__INLINE tcpsrv__block *tcpsrv__block_take_class(tcpsrv_loop *loop, int pool) {
+static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take_class(tcpsrv_loop *loop, int pool) {
     tcpsrv__block *block = loop->hot[pool];
     loop->hot[pool] = NULL;
     if (!TCPSRV__LIKELY(block)) block = tcpsrv__block_take_next(loop, 0, pool);
@@ -4594,15 +4593,10 @@ static TCPSRV__NOINLINE void tcpsrv__block_give_behind(tcpsrv_loop *loop, tcpsrv
     loop->pool_count[pool]++;
 }
 
-TCPSRV__INLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
+static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
     int pool = block->pool;
     if (TCPSRV__LIKELY(pool >= 0 && !loop->hot[pool])) loop->hot[pool] = block;
     else tcpsrv__block_give_behind(loop, block);
-}
-
-/* For those on no message's way: a call is shorter. */
-static TCPSRV__APART void tcpsrv__block_return(tcpsrv_loop *loop, tcpsrv__block *block) {
-    tcpsrv__block_give(loop, block);
 }
 
 static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
@@ -4637,7 +4631,7 @@ tcpsrv__block_fit(tcpsrv_loop *loop, tcpsrv__block *block, size_t from, size_t s
     memcpy(fit->data, block->data + from, kept);
     fit->begin = block->begin - from;
     fit->end = kept;
-    tcpsrv__block_return(loop, block);
+    tcpsrv__block_give(loop, block);
     return fit;
 }
 
@@ -4660,7 +4654,7 @@ static tcpsrv__block *tcpsrv__queue_next(const tcpsrv__queue *queue, const tcpsr
     return block == queue->last ? NULL : block->next;
 }
 
-TCPSRV__INLINE void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
+static TCPSRV__NOINLINE void tcpsrv__queue_push(tcpsrv__queue *queue, tcpsrv__block *block) {
     tcpsrv__block *last = queue->last;
     block->next = last ? last->next : block;
     if (last) last->next = block;
@@ -5207,12 +5201,8 @@ static TCPSRV__APART void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     tcpsrv__make_flushing(&stream->source);
 }
 
-TCPSRV__INLINE void tcpsrv__uncork(const tcpsrv_stream *stream) {
+static TCPSRV__APART void tcpsrv__uncork(const tcpsrv_stream *stream) {
     if (stream->source.loop->corked == stream) tcpsrv__uncork_now(stream->source.loop);
-}
-
-static TCPSRV__APART void tcpsrv__uncork_it(const tcpsrv_stream *stream) {
-    tcpsrv__uncork(stream);
 }
 
 /* Where one is missing the next event goes the long way, which makes it. */
@@ -5264,7 +5254,7 @@ static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
-TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
+static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
     if (stream->in) {
         tcpsrv__leave_input(stream);
         tcpsrv__block_give(stream->source.loop, stream->in);
@@ -5272,10 +5262,6 @@ TCPSRV__INLINE void tcpsrv__input_free(tcpsrv_stream *stream) {
     stream->in = NULL;
     stream->viewed = 0;
     if (stream->charged) tcpsrv__recharge(stream);
-}
-
-static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
-    tcpsrv__input_free(stream);
 }
 
 static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
@@ -5293,7 +5279,7 @@ static TCPSRV__COLD void tcpsrv__descriptor_close(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__die(tcpsrv_stream *stream, int code) {
     size_t unsent;
     if (stream->dead) return;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     unsent = stream->out.size;
     stream->dead = 1;
     stream->error = (int16_t)code;
@@ -5343,7 +5329,7 @@ typedef struct tcpsrv__regex_search {
     int64_t end;
 } tcpsrv__regex_search;
 
-static size_t tcpsrv__want_max(const tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE size_t tcpsrv__want_max(const tcpsrv_stream *stream) {
     size_t most = stream->want_last + 1;
     return most ? most : stream->owner->options.max_buffer_size;
 }
@@ -5492,7 +5478,7 @@ static TCPSRV__NOINLINE void tcpsrv__receive_adapt(tcpsrv_stream *stream, size_t
     stream->wide = stream->in_stack && (full || size > TCPSRV__HOME_SIZE / 2);
 }
 
-TCPSRV__INLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t asked) {
+static TCPSRV__NOINLINE void tcpsrv__received(tcpsrv_stream *stream, size_t size, size_t asked) {
     stream->owner->stats.bytes_read += size;
     tcpsrv__touch(stream, 0);
     if (size < asked && !stream->deep && !stream->ended) tcpsrv__read_dry(stream);
@@ -5534,7 +5520,7 @@ static TCPSRV__COLD void tcpsrv__receive_spill(tcpsrv_stream *stream, tcpsrv__bl
         return;
     }
     if (size && tcpsrv__input_put(stream, spare->data, size) != 0) tcpsrv__die(stream, -ENOMEM);
-    if (spare) tcpsrv__block_return(loop, spare);
+    if (spare) tcpsrv__block_give(loop, spare);
 }
 
 /* A receive with bytes before it, into the caller's memory, or not from a plain socket. */
@@ -5639,22 +5625,22 @@ static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
 }
 
 /* What a stream holds stays within the promise, while somebody looks at it and while it waits. */
-TCPSRV__INLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
     if (stream->in->pool == TCPSRV__POOL_INBOX ||
         tcpsrv__block_is_loose(stream->in, tcpsrv__block_size(stream->in)))
         tcpsrv__input_fit(stream);
 }
 
 /* Input that nobody looks at is kept in memory of its size, or not at all. */
-TCPSRV__INLINE void tcpsrv__input_settle(tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE void tcpsrv__input_settle(tcpsrv_stream *stream) {
     if (!stream->in) return;
-    if (!stream->viewed && stream->in->begin == stream->in->end) tcpsrv__input_free(stream);
+    if (!stream->viewed && stream->in->begin == stream->in->end) tcpsrv__input_give_up(stream);
     else if (!stream->viewed) tcpsrv__input_trim(stream);
     if (stream->in && stream->in->pool != TCPSRV__POOL_HOME) tcpsrv__recharge(stream);
 }
 
 /* Input may be sent back from where it is now, unless something was written before. */
-static TCPSRV__NOINLINE void tcpsrv__recork(tcpsrv_stream *stream) {
+static void tcpsrv__recork(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     const tcpsrv__block *in = stream->in;
     if (loop->corked == stream && loop->out_at == loop->out_from)
@@ -5836,15 +5822,15 @@ static TCPSRV__COLD int tcpsrv__read_deadline(tcpsrv_stream *stream) {
 }
 
 /* Whether a read may begin; makes it the stream's. */
-TCPSRV__INLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want,
-                                      tcpsrv_read_fn *fn, void *arg) {
+static TCPSRV__NOINLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *want,
+                                               tcpsrv_read_fn *fn, void *arg) {
     size_t most = stream->owner->options.max_buffer_size;
     if (stream->closing) return TCPSRV_ECLOSED;
     if (stream->read_fn) return TCPSRV_EBUSY;
     if (!want->kind) return -EINVAL;
     if (want->kind == TCPSRV__WANT_EXACTLY && want->extent.size > most) return TCPSRV_ETOOBIG;
     if (stream->in && stream->in->begin == stream->in->end && !stream->stepping)
-        tcpsrv__input_free(stream);
+        tcpsrv__input_give_up(stream);
     stream->viewed = 0;
     stream->want_kind = (uint8_t)want->kind;
     stream->lane = want->kind <= TCPSRV__WANT_SOME ? TCPSRV__LANE_OTHER : TCPSRV__LANE_LONG;
@@ -5860,7 +5846,7 @@ TCPSRV__INLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcpsrv_want *
 }
 
 /* Whether there is something to try a read against without waiting for the poller. */
-TCPSRV__INLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
+static TCPSRV__NOINLINE int tcpsrv__read_is_due(const tcpsrv_stream *stream) {
     return stream->in || stream->eof || stream->dead || stream->readable ||
            stream->owner->draining || stream->want_kind == TCPSRV__WANT_READY ||
            (stream->want_kind > TCPSRV__WANT_SOME && stream->want.size == 0);
@@ -5905,7 +5891,7 @@ TCPSRV_FAST int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read
 
 TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
     if (!stream->read_fn) return;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     stream->cancelled = 1;
     tcpsrv__make_ready(&stream->source);
 }
@@ -5947,7 +5933,7 @@ static TCPSRV__COLD long tcpsrv__send_copied(tcpsrv_stream *stream, const tcpsrv
     piece.iov_base = spare->data;
     piece.iov_len = n > 0 ? (size_t)n : 0;
     if (n > 0) n = tcpsrv__io(stream)->transmit(stream, &piece, 1);
-    tcpsrv__block_return(loop, spare);
+    tcpsrv__block_give(loop, spare);
     return n;
 }
 
@@ -6170,7 +6156,7 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
     tcpsrv__flush_call *call;
     int err = stream->closing ? TCPSRV_ECLOSED : 0;
     if (err) return tcpsrv__fail_at(err, "on_flush", stream);
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     call = (tcpsrv__flush_call *)tcpsrv__alloc(sizeof *call);
     if (!call || !tcpsrv__extra_make(stream)) {
         tcpsrv__free(call);
@@ -6193,7 +6179,7 @@ TCPSRV_IMPL int tcpsrv_on_flush(tcpsrv_stream *stream, tcpsrv_flush_fn *fn, void
 
 TCPSRV_HOT int tcpsrv_try_write(tcpsrv_stream *stream, const void *data, size_t size) {
     int err;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     err = tcpsrv__write_now(stream, data, size);
     return err ? tcpsrv__fail_at(err, "write", stream) : 0;
 }
@@ -6207,7 +6193,7 @@ TCPSRV_IMPL int tcpsrv_shutdown(tcpsrv_stream *stream) {
         (!tcpsrv__io(stream)->half_closes || (making && making->secure)))
         err = -ENOTSUP;
     if (err) return tcpsrv__fail_at(err, "shutdown", stream);
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     stream->shut_wanted = 1;
     tcpsrv__make_flushing(&stream->source);
     return 0;
@@ -6250,7 +6236,7 @@ static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
     piece.iov_base = spare ? spare->data : few;
     piece.iov_len = spare ? spare->capacity : sizeof few;
     n = tcpsrv__io(stream)->receive(stream, &piece, 1);
-    if (spare) tcpsrv__block_return(loop, spare);
+    if (spare) tcpsrv__block_give(loop, spare);
     if (n == -EAGAIN || n == -EWOULDBLOCK) {
         tcpsrv__read_dry(stream);
         return;
@@ -6715,14 +6701,14 @@ TCPSRV_IMPL int tcpsrv_reading(const tcpsrv_stream *stream) {
 }
 
 TCPSRV_IMPL int tcpsrv_writing(const tcpsrv_stream *stream) {
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     return stream->out.last != NULL;
 }
 
 TCPSRV_IMPL int tcpsrv_set_timeout(tcpsrv_stream *stream, int64_t read_ms, int64_t write_ms) {
     tcpsrv__extra *extra = tcpsrv__extra_make(stream);
     if (!extra) return tcpsrv__fail_at(-ENOMEM, "set_timeout", stream);
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     stream->stepping = 0;
     extra->read_ns = tcpsrv__ms_to_ns(read_ms);
     extra->write_ns = tcpsrv__ms_to_ns(write_ms);
@@ -6788,7 +6774,7 @@ static void tcpsrv__await_done(tcpsrv_stream *stream, int err, tcpsrv_bytes byte
     tcpsrv__read_wait *wait = (tcpsrv__read_wait *)arg;
     *wait->bytes = bytes;
     if (err) wait->place = tcpsrv__place_of(stream);
-    tcpsrv__waiter_resume(stream->source.loop, &wait->waiter, err);
+    tcpsrv__waiter_resume(&wait->waiter, err);
 }
 
 static TCPSRV__COLD void tcpsrv__await_cancel(tcpsrv__waiter *waiter) {
@@ -6865,11 +6851,9 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
     tcpsrv__block *in = stream->in;
     const char *data = in->data + in->begin;
     size_t size = tcpsrv__block_size(in), found = SIZE_MAX;
-    if (stream->burst < TCPSRV__BURST &&
+    if (stream->burst < TCPSRV__BURST && in->capacity - in->end >= TCPSRV__FIND_BEHIND &&
         (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, size)))
-        found = in->capacity - in->end < TCPSRV__FIND_BEHIND
-                    ? tcpsrv__find_char_within(data, *delimiter, size)
-                    : tcpsrv__find_char(data, *delimiter, size);
+        found = tcpsrv__find_char(data, *delimiter, size);
     if (found >= size || found > max - 1 || found >= stream->owner->options.max_buffer_size)
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     in->begin += found + 1;
@@ -6995,7 +6979,7 @@ TCPSRV_HOT int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, 
     tcpsrv__block *block;
     size_t size = 0;
     int i, err;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     for (i = 0; i < count; i++) size += pieces[i].size;
     block = tcpsrv__block_take(loop, size);
     if (!block) return tcpsrv__fail_at(-ENOMEM, "write", stream);
@@ -7004,7 +6988,7 @@ TCPSRV_HOT int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, 
         block->end += pieces[i].size;
     }
     err = tcpsrv__write_named(stream, block->data, size);
-    tcpsrv__block_return(loop, block);
+    tcpsrv__block_give(loop, block);
     return err;
 }
 
@@ -7032,7 +7016,7 @@ static TCPSRV__COLD void tcpsrv__format_errand(void *arg) {
         if (n < 0) work->err = tcpsrv__failed();
         else block->end = (size_t)n;
         if (n < 0 || (size_t)n < block->capacity) return;
-        tcpsrv__block_return(work->loop, block);
+        tcpsrv__block_give(work->loop, block);
     }
 }
 
@@ -7043,10 +7027,10 @@ TCPSRV_IMPL int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) {
     va_start(work.arguments, format);
     tcpsrv__on_loop_stack(work.loop, tcpsrv__format_errand, &work);
     va_end(work.arguments);
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     if (work.err) tcpsrv__fail_at(work.err, "write", stream);
     else work.err = tcpsrv__write_named(stream, work.block->data, work.block->end);
-    if (work.block) tcpsrv__block_return(work.loop, work.block);
+    if (work.block) tcpsrv__block_give(work.loop, work.block);
     return work.err;
 }
 
@@ -7083,7 +7067,7 @@ TCPSRV_IMPL int tcpsrv_sendfile(tcpsrv_stream *stream, int fd, int64_t offset, s
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = tcpsrv__may_write(stream);
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     if (!err && !size) return 0;
     if (!err && stream->source.loop->current) {
         err = tcpsrv__may_wait(stream->source.loop);
@@ -7106,7 +7090,7 @@ TCPSRV_IMPL int tcpsrv_flush(tcpsrv_stream *stream) {
     tcpsrv__place place = tcpsrv__place_of(stream);
     tcpsrv__write_wait wait;
     int err = stream->closing ? TCPSRV_ECLOSED : stream->dead ? stream->error : 0;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     if (!err) err = tcpsrv__may_wait(stream->source.loop);
     if (!err && (stream->out.last || stream->connecting)) {
         tcpsrv__write_wait_init(&wait, stream, NULL, 0);
@@ -9077,7 +9061,7 @@ static int tcpsrv__link_feed_held(tcpsrv__link *link, tcpsrv__link_call *call) {
                                      tcpsrv__block_size(held));
     held->begin += taken;
     if (held->begin == held->end) {
-        tcpsrv__block_return(call->stream->source.loop, held);
+        tcpsrv__block_give(call->stream->source.loop, held);
         link->held = NULL;
     }
     return taken > 0;
@@ -9358,7 +9342,7 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
 static TCPSRV__COLD void tcpsrv__link_release(tcpsrv_stream *stream) {
     tcpsrv__link *link = tcpsrv__link_of(stream);
     link->links->waiting -= link->waits;
-    if (link->held) tcpsrv__block_return(stream->source.loop, link->held);
+    if (link->held) tcpsrv__block_give(stream->source.loop, link->held);
     tcpsrv__engine_free(link->engine);
     tcpsrv__free(link);
 }
@@ -9413,7 +9397,7 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
     call->result = err;
     if (err) { /* it goes on in clear */
         if (extra && !timed) extra->handshake_due = 0;
-        if (link && link->held) tcpsrv__block_return(stream->source.loop, link->held);
+        if (link && link->held) tcpsrv__block_give(stream->source.loop, link->held);
         tcpsrv__free(link);
         return;
     }
@@ -9470,7 +9454,7 @@ static TCPSRV__COLD int tcpsrv__may_start_tls(const tcpsrv_stream *stream) {
 
 TCPSRV_IMPL int tcpsrv_start_tls(tcpsrv_stream *stream, tcpsrv_tls *tls, const char *hostname) {
     int is_client = !stream->owner->gone, err;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     stream->stepping = 0;
     err = tcpsrv__may_start_tls(stream);
     if (err) return tcpsrv__fail_at(err, "start_tls", stream);
@@ -11299,7 +11283,7 @@ static TCPSRV__COLD void tcpsrv__stream_begin(tcpsrv *server, tcpsrv_stream *str
                                               const tcpsrv_address *address) {
     tcpsrv_tls *tls = TCPSRV__TLS ? server->owner.options.tls : NULL;
     int err;
-    tcpsrv__uncork_it(stream);
+    tcpsrv__uncork(stream);
     stream->stepping = 0; /* the header's own read is over: what follows is its handler's */
     err = tls ? tcpsrv__secure(stream, tls, 0, NULL) : 0;
     stream->starting = stream->spoke = 0;
