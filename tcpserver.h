@@ -2984,8 +2984,7 @@ struct tcpsrv_loop {
     int untold;                 /* more to tell: the next turn comes within TCPSRV__TELL_MS */
     long pid;
     char *mark;                 /* gone in a forked child; NULL: the pid tells */
-    tcpsrv__block *hot[TCPSRV__CLASSES]; /* of pooled blocks the last one given back, >>buffer */
-    tcpsrv__block *pool[TCPSRV__CLASSES];
+    tcpsrv__block *pool[TCPSRV__CLASSES]; /* of blocks, the last one given back first, >>buffer */
     unsigned pool_count[TCPSRV__CLASSES];
     void *links;                /* what a transport keeps for its streams */
     void (*links_free)(void *links);
@@ -3109,7 +3108,7 @@ static tcpsrv__source *tcpsrv__take_ready(tcpsrv_loop *loop) {
     return source;
 }
 
-TCPSRV__INLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
+static TCPSRV__NOINLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
     tcpsrv_loop *loop = source->loop;
     if (source->is_flushing) return;
     source->is_flushing = 1;
@@ -3122,7 +3121,7 @@ TCPSRV__INLINE void tcpsrv__make_flushing(tcpsrv__source *source) {
 static void tcpsrv__output_step(tcpsrv__source *source); /* of a stream: nothing else flushes */
 
 /* After every callback and coroutine run. */
-TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
+static TCPSRV__APART void tcpsrv__flush_all(tcpsrv_loop *loop) {
     while (loop->flush_first) {
         tcpsrv__source *source = loop->flush_first;
         loop->flush_first = source->flush_next;
@@ -3130,10 +3129,6 @@ TCPSRV__INLINE void tcpsrv__flush_all(tcpsrv_loop *loop) {
         source->is_flushing = 0;
         if (!source->is_gone) tcpsrv__output_step(source);
     }
-}
-
-static TCPSRV__APART void tcpsrv__flush_those(tcpsrv_loop *loop) {
-    tcpsrv__flush_all(loop);
 }
 
 /* Ends a source: its id is dead at once, its memory goes at the end of the turn. One that is on the
@@ -3250,7 +3245,7 @@ static void tcpsrv__run_timers(tcpsrv_loop *loop) {
         tcpsrv__timer *timer = loop->heap[0].timer;
         tcpsrv__timer_cancel(loop, timer);
         timer->fire(loop, timer);
-        tcpsrv__flush_those(loop);
+        tcpsrv__flush_all(loop);
     }
 }
 
@@ -3275,7 +3270,7 @@ static TCPSRV__COLD void tcpsrv__run_posted(tcpsrv_loop *loop) {
         first = posted->next;
         posted->fn(posted->arg);
         tcpsrv__free(posted);
-        tcpsrv__flush_those(loop);
+        tcpsrv__flush_all(loop);
     }
 }
 
@@ -3290,7 +3285,7 @@ static TCPSRV__COLD void tcpsrv__run_signals(tcpsrv_loop *loop) {
     for (call = loop->signals; call; call = call->next) {
         if (!taken[call->signo] || call->source.is_gone) continue;
         call->fn(call->signo, call->arg);
-        tcpsrv__flush_those(loop);
+        tcpsrv__flush_all(loop);
     }
 }
 
@@ -3640,7 +3635,7 @@ static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
         source = tcpsrv__source_told(loop, id);
         if (!source) continue;
         source->type->event(source, events);
-        tcpsrv__flush_all(loop);
+        if (loop->flush_first) tcpsrv__flush_all(loop);
     }
 }
 
@@ -3667,7 +3662,7 @@ static TCPSRV__COLD int tcpsrv__loop_turn(tcpsrv_loop *loop, int timeout_ms) {
     tcpsrv__thread_state *thread = tcpsrv__thread();
     int n;
     thread->turning = loop;
-    tcpsrv__flush_those(loop);
+    tcpsrv__flush_all(loop);
     n = tcpsrv__poller_wait(&loop->poller, tcpsrv__loop_wait_ms(loop, timeout_ms));
     loop->now = tcpsrv__clock_ns();
     loop->turn++;
@@ -4519,7 +4514,7 @@ static const size_t tcpsrv__class_size[TCPSRV__CLASSES] = {
     512, 2048, 8192, 32768, 65536, 262144
 };
 enum { TCPSRV__BLOCK_HEAD = sizeof(struct tcpsrv__block) + 1 }; /* and room for a final NUL */
-static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 64, 16, 8, 4, 1, 0 };
+static const unsigned tcpsrv__class_keep[TCPSRV__CLASSES] = { 65, 17, 9, 5, 2, 1 };
 
 enum {
     TCPSRV__SEND_SIZE = 1048576, /* the most that one call sends: a large write yields. With a
@@ -4553,20 +4548,14 @@ static TCPSRV__COLD tcpsrv__block *tcpsrv__block_new(size_t size, int pool) {
     return block;
 }
 
-/* Of each class the one that was used last is at hand, others lie behind it. */
-static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take_next(tcpsrv_loop *loop, size_t size,
-                                                               int pool) {
-    tcpsrv__block *block = pool >= 0 ? loop->pool[pool] : NULL;
-    if (!block) return tcpsrv__block_new(size, pool);
-    loop->pool[pool] = block->next;
-    loop->pool_count[pool]--;
-    return block;
-}
-
 static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take_class(tcpsrv_loop *loop, int pool) {
-    tcpsrv__block *block = loop->hot[pool];
-    loop->hot[pool] = NULL;
-    if (!TCPSRV__LIKELY(block)) block = tcpsrv__block_take_next(loop, 0, pool);
+    tcpsrv__block *block = loop->pool[pool];
+    if (block) {
+        loop->pool[pool] = block->next;
+        loop->pool_count[pool]--;
+    } else {
+        block = tcpsrv__block_new(0, pool);
+    }
     if (block) block->begin = block->end = 0;
     return block;
 }
@@ -4581,7 +4570,7 @@ static TCPSRV__NOINLINE tcpsrv__block *tcpsrv__block_take(tcpsrv_loop *loop, siz
     return block;
 }
 
-static TCPSRV__NOINLINE void tcpsrv__block_give_behind(tcpsrv_loop *loop, tcpsrv__block *block) {
+static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
     int pool = block->pool;
     if (pool == TCPSRV__POOL_HOME || pool == TCPSRV__POOL_INBOX) return;
     if (pool < 0 || loop->pool_count[pool] >= tcpsrv__class_keep[pool]) {
@@ -4593,18 +4582,11 @@ static TCPSRV__NOINLINE void tcpsrv__block_give_behind(tcpsrv_loop *loop, tcpsrv
     loop->pool_count[pool]++;
 }
 
-static TCPSRV__NOINLINE void tcpsrv__block_give(tcpsrv_loop *loop, tcpsrv__block *block) {
-    int pool = block->pool;
-    if (TCPSRV__LIKELY(pool >= 0 && !loop->hot[pool])) loop->hot[pool] = block;
-    else tcpsrv__block_give_behind(loop, block);
-}
-
 static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
     int i;
     tcpsrv__free(loop->inbox);
     tcpsrv__free(loop->outbox);
     for (i = 0; i < TCPSRV__CLASSES; i++) {
-        tcpsrv__free(loop->hot[i]);
         while (loop->pool[i]) {
             tcpsrv__block *block = loop->pool[i];
             loop->pool[i] = block->next;
@@ -5170,29 +5152,25 @@ TCPSRV__INLINE void tcpsrv__cork(tcpsrv_loop *loop, tcpsrv_stream *stream, char 
     loop->out_room = size;
 }
 
-/* From here on what is written gathers in the outbox, behind what has been written so far: that
-   was received in one piece, for which it is large enough. */
-static TCPSRV__NOINLINE void tcpsrv__gather(tcpsrv_loop *loop) {
+/* From here on what is written to a corked stream gathers in the outbox, behind what has been
+   written so far: that was received in one piece, for which it is large enough. */
+static TCPSRV__NOINLINE void tcpsrv__gather(const tcpsrv_stream *stream) {
+    tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *box = loop->outbox;
     size_t size = (size_t)(loop->out_at - loop->out_from);
-    if (loop->out_from == box->data) return;
+    if (loop->corked != stream || loop->out_from == box->data) return;
     memcpy(box->data, loop->out_from, size);
     loop->out_from = box->data;
     loop->out_at = box->data + size;
     loop->out_room = box->capacity - size;
 }
 
-/* Before input is moved, overwritten or given up. */
-static TCPSRV__NOINLINE void tcpsrv__leave_input(const tcpsrv_stream *stream) {
-    if (stream->source.loop->corked == stream) tcpsrv__gather(stream->source.loop);
-}
-
 static TCPSRV__APART void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     tcpsrv_stream *stream = loop->corked;
     tcpsrv__block *box = loop->outbox;
+    tcpsrv__gather(stream);
     loop->corked = NULL;
     if (loop->out_at == loop->out_from) return;
-    tcpsrv__gather(loop);
     box->begin = 0;
     box->end = (size_t)(loop->out_at - box->data);
     loop->outbox = NULL;
@@ -5256,7 +5234,7 @@ static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
 
 static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
     if (stream->in) {
-        tcpsrv__leave_input(stream);
+        tcpsrv__gather(stream);
         tcpsrv__block_give(stream->source.loop, stream->in);
     }
     stream->in = NULL;
@@ -5426,7 +5404,7 @@ static TCPSRV__COLD int tcpsrv__input_reserve(tcpsrv_stream *stream, size_t more
     tcpsrv__block *in = stream->in, *grown;
     size_t held = in ? tcpsrv__block_size(in) : 0;
     if (in && in->capacity - in->end >= more) return 0;
-    tcpsrv__leave_input(stream);
+    tcpsrv__gather(stream);
     if (in && in->capacity >= 2 * (held + more)) {
         memmove(in->data, in->data + in->begin, held);
         in->begin = 0;
@@ -5561,7 +5539,7 @@ TCPSRV__INLINE int tcpsrv__receive(tcpsrv_stream *stream) {
     size_t asked, most = stream->owner->options.read_chunk_size;
     long n;
     stream->receive_turn = (uint8_t)stream->source.loop->turn;
-    tcpsrv__leave_input(stream);
+    tcpsrv__gather(stream);
     if (stream->in || stream->foreign || stream->want_kind == TCPSRV__WANT_INTO)
         return tcpsrv__receive_more(stream);
     block = tcpsrv__receive_block(stream);
@@ -5613,7 +5591,7 @@ static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *fit = NULL;
     int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
-    tcpsrv__leave_input(stream);
+    tcpsrv__gather(stream);
     if (loose) fit = tcpsrv__block_fit(loop, in, in->begin, 0);
     if (fit) {
         stream->in = fit;
@@ -6458,7 +6436,7 @@ static TCPSRV__APART void tcpsrv__serve_other(tcpsrv_stream *stream, tcpsrv_loop
 }
 
 /* Not all that came is the message: what is behind it stays in the home. 0: there is none. */
-static TCPSRV__NOINLINE int tcpsrv__serve_first(tcpsrv_stream *stream, size_t found, size_t came) {
+static TCPSRV__APART int tcpsrv__serve_first(tcpsrv_stream *stream, size_t found, size_t came) {
     tcpsrv__block *home = tcpsrv__home_of(stream);
     if (found >= came || found > stream->want_last) {
         tcpsrv__serve_long_way(stream, home, home->data, came);
@@ -6956,7 +6934,7 @@ static TCPSRV__NOINLINE int tcpsrv__write_copied(tcpsrv_stream *stream, const vo
                                                  size_t size) {
     tcpsrv_loop *loop = stream->source.loop;
     if (loop->corked != stream) return tcpsrv__write_anyhow(stream, data, size);
-    tcpsrv__gather(loop);
+    tcpsrv__gather(stream);
     if (size - 1 >= loop->out_room) return tcpsrv__write_anyhow(stream, data, size);
     memcpy(loop->out_at, data, size);
     loop->out_at += size;
@@ -11414,7 +11392,7 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     stream->counted = !header && server->owner.options.max_connections_per_ip != 0;
     if (header) tcpsrv__header_await(server, stream);
     else tcpsrv__stream_begin(server, stream, &address);
-    tcpsrv__flush_those(server->loop);
+    tcpsrv__flush_all(server->loop);
 }
 
 /* The reserve is given up to tell a few of those who wait that nobody will serve them. */
