@@ -950,6 +950,126 @@ static void a_failed_allocation_costs_one_connection_at_most(void) {
     failing(0);
 }
 
+/* ---- who else reads a handler's stream ------------------------------------------------------- */
+
+enum { LENT = 6 };
+static tcpsrv_stream *lent;
+static int64_t lender;
+
+static int reads_and_sends_back(void *stream) {
+    tcpsrv_bytes line;
+    int i, err = 0;
+    for (i = 0; i < LENT && !err; i++) {
+        err = tcpsrv_read_until((tcpsrv_stream *)stream, "\n", 0, &line);
+        if (!err) err = tcpsrv_write((tcpsrv_stream *)stream, line.data, line.size);
+    }
+    return err;
+}
+
+static void sends_back_and_wakes(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    (void)user;
+    CHECK_INT(err, 0);
+    CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+    tcpsrv_wake(loop, lender);
+}
+
+/* Its own lines and those of others, by turns; what it looks at and has written stays in order. */
+static int lends(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int64_t other;
+    int err;
+    (void)peer, (void)user;
+    lent = stream;
+    lender = tcpsrv_self();
+    while ((err = tcpsrv_read_until(stream, "\n", 0, &line)) == 0) {
+        CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+        switch (line.data[0]) {
+        case 'c':
+            other = tcpsrv_spawn(loop, reads_and_sends_back, stream, 0);
+            CHECK_INT(tcpsrv_join(other), 0);
+            break;
+        case 'f':
+            CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), sends_back_and_wakes, NULL), 0);
+            CHECK_INT(tcpsrv_park(-1), 0);
+            break;
+        case 'm': CHECK_INT(tcpsrv_park(-1), 0); break;
+        default: break;
+        }
+    }
+    handled++;
+    return err;
+}
+
+static void a_stream_that_its_handler_lends_answers_in_order(void) {
+    tcpsrv_options options = options_for(1);
+    tcpsrv_bytes line;
+    int fd, round, i;
+    options.handle_stream = lends;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    for (round = 0; round < 10; round++) {
+        ask(fd, "one\nfunction\ntwo\nthree\nc");
+        expect(fd, "one\nfunction\ntwo\nthree\n");
+        ask(fd, "oroutine\nfour\n");
+        expect(fd, "coroutine\nfour\n");
+        for (i = 1; i < LENT; i++) {
+            ask(fd, "five\n");
+            expect(fd, "five\n");
+        }
+        ask(fd, "main\nsix\n");
+        expect(fd, "main\n");
+        CHECK_INT(tcpsrv_read_until(lent, "\n", 0, &line), 0); /* from outside */
+        CHECK_INT(tcpsrv_write(lent, line.data, line.size), 0);
+        expect(fd, "six\n");
+        ask(fd, "end\n");
+        CHECK_INT(tcpsrv_read_until(lent, "\n", 4, &line), 0);
+        CHECK_MEM(line.data, line.size, "end\n");
+        tcpsrv_wake(loop, lender);
+    }
+    close(fd);
+    while (!handled) turns(1);
+    end();
+}
+
+static int looks_and_waits(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int err = 0;
+    (void)peer, (void)user;
+    while (!err) {
+        err = tcpsrv_read_until(stream, "\n", 0, &line);
+        if (err) break;
+        CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+        if (line.data[0] == 'y') err = tcpsrv_yield();
+        if (line.data[0] == 's') err = tcpsrv_sleep(60000);
+        if (line.data[0] == 'p') err = tcpsrv_park(-1);
+        if (err) CHECK_MEM(line.data + 1, line.size - 1, " and wait\n");
+    }
+    CHECK_INT(err, TCPSRV_ECANCELED);
+    ended++;
+    return err;
+}
+
+/* Wherever it waits after a line of the usual way, the end of the loop is told once. */
+static void the_loop_ends_for_handlers_that_wait_anywhere(void) {
+    static const char *const lines[] = { "y and wait\n", "s and wait\n", "p and wait\n",
+                                         "n and wait\n", "s and wait\nand more\n" };
+    tcpsrv_options options = options_for(1);
+    int fds[10], i;
+    options.handle_stream = looks_and_waits;
+    begin(&options);
+    for (i = 0; i < 10; i++) {
+        fds[i] = client(tcpsrv_port(server, 0));
+        ask(fds[i], "begin\n");
+        expect(fds[i], "begin\n");
+        ask(fds[i], lines[i / 2]);
+        expect(fds[i], i / 2 == 4 ? lines[1] : lines[i / 2]);
+    }
+    CHECK_INT(tcpsrv_loop_free(loop), 0);
+    CHECK_INT(ended, 10);
+    for (i = 0; i < 10; i++) close(fds[i]);
+    tcpsrv_free(server);
+}
+
 /* ---- what is sent back from where it was received -------------------------------------------- */
 
 /* A line is sent back from where it is, a second by way of other memory, a third in parts, a fourth
@@ -1110,6 +1230,8 @@ int main(int argc, char **argv) {
         TEST(a_line_longer_than_max_ends_a_coroutines_read),
         TEST(what_was_received_is_sent_back_from_a_callback),
         TEST(what_was_received_is_sent_back_from_a_coroutine),
+        TEST(a_stream_that_its_handler_lends_answers_in_order),
+        TEST(the_loop_ends_for_handlers_that_wait_anywhere),
         TEST(connections_are_served_side_by_side),
         TEST(nothing_hangs_on_what_lies_behind_a_part_of_a_line),
         TEST(options_report_every_default),
