@@ -1252,10 +1252,9 @@ static TCPSRV__NOINLINE size_t tcpsrv__find_char_within(const char *data, char c
 }
 
 /* The same for what is mostly short: it may look at bytes behind the end, which must be there, but
-   need not have been written: valgrind and MSan would tell of each look. */
+   need not have been written; none of them counts. */
 enum { TCPSRV__FIND_BEHIND = 64 };
-#if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__) && \
-    !defined(VALGRIND_MAKE_MEM_DEFINED) && !defined(TCPSRV__MSAN)
+#if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__)
 typedef char tcpsrv__16 __attribute__((vector_size(16)));
 
 TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) {
@@ -1282,9 +1281,12 @@ TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
 #define TCPSRV__LOWEST(bits) 0u
 #endif
 
-TCPSRV__INLINE size_t tcpsrv__find_char(const char *data, char c, size_t size) {
+/* Whether c is among so many bytes, and where. */
+TCPSRV__INLINE int tcpsrv__find_char(const char *data, char c, size_t size, size_t *at) {
     uint64_t near = tcpsrv__find_near(data, c);
-    return TCPSRV__LIKELY(near) ? TCPSRV__LOWEST(near) : tcpsrv__find_char_within(data, c, size);
+    if (size < TCPSRV__FIND_BEHIND) near &= ((uint64_t)1 << size) - 1;
+    *at = TCPSRV__LIKELY(near) ? TCPSRV__LOWEST(near) : tcpsrv__find_char_within(data, c, size);
+    return TCPSRV__LIKELY(near) || *at < size;
 }
 
 /* Once: for a caller who tests for the usual result first, and leaves one below 0 to again. */
@@ -5586,11 +5588,13 @@ static TCPSRV__COLD int tcpsrv__read_has_come(tcpsrv_stream *stream) {
     return 1;
 }
 
-/* Into a block of its size; the loop's inbox is given away where it is well filled. */
-static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
+/* What a stream holds stays within the promise, while somebody looks at it and while it waits: in a
+   block of its size. The loop's inbox is given away where it is well filled. */
+static TCPSRV__NOINLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
     tcpsrv__block *in = stream->in, *fit = NULL;
     int loose = tcpsrv__block_is_loose(in, tcpsrv__block_size(in));
+    if (!loose && in->pool != TCPSRV__POOL_INBOX) return;
     tcpsrv__gather(stream);
     if (loose) fit = tcpsrv__block_fit(loop, in, in->begin, 0);
     if (fit) {
@@ -5600,13 +5604,6 @@ static TCPSRV__NOINLINE void tcpsrv__input_fit(tcpsrv_stream *stream) {
         loop->inbox = NULL;
         loop->has_boxes = 0;
     }
-}
-
-/* What a stream holds stays within the promise, while somebody looks at it and while it waits. */
-static TCPSRV__NOINLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
-    if (stream->in->pool == TCPSRV__POOL_INBOX ||
-        tcpsrv__block_is_loose(stream->in, tcpsrv__block_size(stream->in)))
-        tcpsrv__input_fit(stream);
 }
 
 /* Input that nobody looks at is kept in memory of its size, or not at all. */
@@ -6322,8 +6319,8 @@ static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events)
 }
 
 /* The corked stream's output has not left as a whole, or the call failed. */
-static TCPSRV__APART void tcpsrv__uncork_torn(tcpsrv_loop *loop, size_t size, long n) {
-    tcpsrv_stream *stream = loop->corked;
+static TCPSRV__APART void tcpsrv__uncork_torn(tcpsrv_stream *stream, size_t size, long n) {
+    tcpsrv_loop *loop = stream->source.loop;
     if (n < 0) n = tcpsrv__sys_send_again(stream->source.fd, loop->out_from, size);
     tcpsrv__uncork_now(loop);
     tcpsrv__output_result(stream, n, size);
@@ -6335,7 +6332,7 @@ TCPSRV__INLINE void tcpsrv__uncork_send(tcpsrv_loop *loop, tcpsrv_stream *stream
     if (size) {
         n = tcpsrv__sys_send_once(stream->source.fd, loop->out_from, (size_t)size);
         if (!TCPSRV__LIKELY(n == size)) {
-            tcpsrv__uncork_torn(loop, (size_t)size, n);
+            tcpsrv__uncork_torn(stream, (size_t)size, n);
             return;
         }
         stream->owner->stats.bytes_written += (size_t)size;
@@ -6387,7 +6384,7 @@ TCPSRV__INLINE tcpsrv__block *tcpsrv__block_from(tcpsrv__block *box, const char 
 static TCPSRV__NOINLINE void tcpsrv__serve_callbacks(tcpsrv_stream *stream,
                                                      tcpsrv_loop *loop) {
     char *at = loop->inbox->data;
-    size_t size, left = TCPSRV__BURST;
+    size_t size, found, left = TCPSRV__BURST;
     long n = tcpsrv__sys_receive_once(stream->source.fd, at, stream->owner->receive_max);
     size = (size_t)n;
     if (size - 1 >= stream->owner->receive_last) {
@@ -6402,8 +6399,9 @@ static TCPSRV__NOINLINE void tcpsrv__serve_callbacks(tcpsrv_stream *stream,
         tcpsrv_read_fn *fn = stream->read_fn;
         tcpsrv_bytes bytes;
         bytes.data = at;
-        bytes.size = tcpsrv__find_char(at, *(const char *)stream->want_memory, size) + 1;
-        if (bytes.size > size || bytes.size - 1 > stream->want_last) break;
+        if (!tcpsrv__find_char(at, *(const char *)stream->want_memory, size, &found)) break;
+        bytes.size = found + 1;
+        if (found > stream->want_last) break;
         at += bytes.size;
         size -= bytes.size;
         stream->in = size ? tcpsrv__block_from(loop->inbox, at, size) : NULL;
@@ -6435,25 +6433,13 @@ static TCPSRV__APART void tcpsrv__serve_other(tcpsrv_stream *stream, tcpsrv_loop
     tcpsrv__serve_long_way(stream, box, box->data, (size_t)n);
 }
 
-/* Not all that came is the message: what is behind it stays in the home. 0: there is none. */
-static TCPSRV__APART int tcpsrv__serve_first(tcpsrv_stream *stream, size_t found, size_t came) {
-    tcpsrv__block *home = tcpsrv__home_of(stream);
-    if (found >= came || found > stream->want_last) {
-        tcpsrv__serve_long_way(stream, home, home->data, came);
-        return 0;
-    }
-    stream->in = tcpsrv__block_from(home, home->data + found + 1, came - found - 1);
-    stream->viewed = 1;
-    return 1;
-}
-
 /* A coroutine's usual way: a message in the stream's home, and nothing behind it. It goes on until
    it waits again. */
 static TCPSRV__NOINLINE void tcpsrv__serve_coroutine(tcpsrv_stream *stream, tcpsrv_loop *loop) {
     tcpsrv__read_wait *wait = tcpsrv__await_of(stream);
     char *data = tcpsrv__home_bytes_of(stream);
     long n = tcpsrv__sys_receive_once(stream->source.fd, data, TCPSRV__HOME_SIZE);
-    size_t came = (size_t)n, found;
+    size_t came = (size_t)n, found, size;
     if (came - 1 >= TCPSRV__HOME_SIZE - 1) {
         tcpsrv__serve_received(stream, tcpsrv__home_of(stream), n, TCPSRV__HOME_SIZE);
         return;
@@ -6461,17 +6447,25 @@ static TCPSRV__NOINLINE void tcpsrv__serve_coroutine(tcpsrv_stream *stream, tcps
     tcpsrv__poller_rearm_read(&loop->poller, stream->source.fd);
     stream->owner->stats.bytes_read += came;
     tcpsrv__cork(loop, stream, data, came);
-    found = tcpsrv__find_char(data, *(const char *)stream->want_memory, came);
-    if (!TCPSRV__LIKELY(found + 1 == came && found <= stream->want_last) &&
-        !tcpsrv__serve_first(stream, found, came))
-        return;
+    if (!tcpsrv__find_char(data, *(const char *)stream->want_memory, came, &found) ||
+        found > stream->want_last)
+        goto long_way;
+    size = found + 1;
+    if (size < came) { /* what lies behind the message stays in the home */
+        stream->in = tcpsrv__block_from(tcpsrv__home_of(stream), data + size, came - size);
+        stream->viewed = 1;
+    }
     wait->bytes->data = data;
-    wait->bytes->size = found + 1;
+    wait->bytes->size = size;
     stream->spoke = 1;
     stream->read_fn = NULL;
     wait->waiter.result = 0;
     tcpsrv__co_resume_here(loop, wait->waiter.co);
+    loop = stream->source.loop; /* not kept over the switch */
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
+    return;
+long_way:
+    tcpsrv__serve_long_way(stream, tcpsrv__home_of(stream), data, came);
 }
 
 /* A message's usual way in one piece: bytes have come for a stream that has none, whose read waits,
@@ -6828,11 +6822,12 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
                                                    size_t max, tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
     const char *data = in->data + in->begin;
-    size_t size = tcpsrv__block_size(in), found = SIZE_MAX;
+    size_t size = tcpsrv__block_size(in), found;
+    int is_here = 0;
     if (stream->burst < TCPSRV__BURST && in->capacity - in->end >= TCPSRV__FIND_BEHIND &&
         (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, size)))
-        found = tcpsrv__find_char(data, *delimiter, size);
-    if (found >= size || found > max - 1 || found >= stream->owner->options.max_buffer_size)
+        is_here = tcpsrv__find_char(data, *delimiter, size, &found);
+    if (!is_here || found > max - 1 || found >= stream->owner->options.max_buffer_size)
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     in->begin += found + 1;
     stream->viewed = 1;
@@ -6871,7 +6866,8 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     if (!in) return tcpsrv__await_line(stream, delimiter, max, bytes);
     if (in->begin != in->end) return tcpsrv__await_buffered(stream, delimiter, max, bytes);
-    tcpsrv__input_give_up(stream);
+    if (in->pool == TCPSRV__POOL_HOME) stream->in = NULL; /* and what is to leave from it may stay */
+    else tcpsrv__input_give_up(stream);
     return tcpsrv__await_line(stream, delimiter, max, bytes);
 }
 
