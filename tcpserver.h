@@ -6866,6 +6866,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     if (!in) return tcpsrv__await_line(stream, delimiter, max, bytes);
     if (in->begin != in->end) return tcpsrv__await_buffered(stream, delimiter, max, bytes);
+    stream->viewed = 0;
     if (in->pool == TCPSRV__POOL_HOME) stream->in = NULL; /* what is to leave from it stays */
     else tcpsrv__input_give_up(stream);
     return tcpsrv__await_line(stream, delimiter, max, bytes);

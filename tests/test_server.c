@@ -1070,6 +1070,33 @@ static void the_loop_ends_for_handlers_that_wait_anywhere(void) {
     tcpsrv_free(server);
 }
 
+static int reads_lines(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    lent = stream;
+    return echo(stream, peer, user);
+}
+
+static void a_part_of_a_long_line_is_held_in_memory_of_its_size(void) {
+    tcpsrv_options options = options_for(1);
+    char part[1600];
+    int fd, i;
+    options.handle_stream = reads_lines;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    memset(part, 'x', sizeof part);
+    for (i = 0; i < 4; i++) {
+        ask(fd, "one\ntwo\n");
+        expect(fd, "one\ntwo\n");
+    }
+    CHECK_INT(send(fd, part, sizeof part, MSG_NOSIGNAL), (int)sizeof part);
+    for (i = 0; i < 500 && (!lent->in || tcpsrv__block_size(lent->in) < sizeof part); i++) turns(1);
+    turns(3);
+    CHECK_INT(tcpsrv__block_size(lent->in), sizeof part);
+    CHECK(!tcpsrv__block_is_loose(lent->in, sizeof part));
+    close(fd);
+    turns(3);
+    end();
+}
+
 /* ---- what is sent back from where it was received -------------------------------------------- */
 
 /* A line is sent back from where it is, a second by way of other memory, a third in parts, a fourth
@@ -1232,6 +1259,7 @@ int main(int argc, char **argv) {
         TEST(what_was_received_is_sent_back_from_a_coroutine),
         TEST(a_stream_that_its_handler_lends_answers_in_order),
         TEST(the_loop_ends_for_handlers_that_wait_anywhere),
+        TEST(a_part_of_a_long_line_is_held_in_memory_of_its_size),
         TEST(connections_are_served_side_by_side),
         TEST(nothing_hangs_on_what_lies_behind_a_part_of_a_line),
         TEST(options_report_every_default),
