@@ -4925,7 +4925,7 @@ enum { /* of one receive, and with the head of its block */
 
 typedef struct tcpsrv__hosted {     /* at the top of a coroutine's stack, in its one page */
     tcpsrv__stream6 base;
-    tcpsrv__read_wait await;        /* of the stream's own coroutine, for lines */
+    tcpsrv__read_wait own_wait;     /* of the stream's own coroutine, for lines */
     tcpsrv__block home;             /* for small messages, its bytes behind it */
     char home_bytes[TCPSRV__HOME_TOTAL - sizeof(tcpsrv__block)];
 } tcpsrv__hosted;
@@ -4943,7 +4943,7 @@ TCPSRV__INLINE char *tcpsrv__home_bytes_of(tcpsrv_stream *stream) {
 }
 
 TCPSRV__INLINE tcpsrv__read_wait *tcpsrv__await_of(tcpsrv_stream *stream) {
-    return &((tcpsrv__hosted *)(void *)stream)->await;
+    return &((tcpsrv__hosted *)(void *)stream)->own_wait;
 }
 
 static const uint16_t tcpsrv__families[4] = { 0, AF_INET, AF_INET6, AF_UNIX };
@@ -6822,7 +6822,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
                                                    size_t max, tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
     const char *data = in->data + in->begin;
-    size_t size = tcpsrv__block_size(in), found;
+    size_t size = tcpsrv__block_size(in), found = 0;
     int is_here = 0;
     if (stream->burst < TCPSRV__BURST && in->capacity - in->end >= TCPSRV__FIND_BEHIND &&
         (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, size)))
@@ -8777,10 +8777,13 @@ static void tcpsrv__engine_settle(tcpsrv__engine *engine) {
 
 /* Gives it ciphertext. How much it took: less than all where it has plaintext to be read first, or
    something to send. */
+/* In a handshake only until there is an answer, which goes out first: a peer may send data right
+   behind its Finished (False Start, RFC 7918), and the engine takes none before its own is out. */
 static size_t tcpsrv__engine_push(tcpsrv__engine *engine, const unsigned char *data, size_t size) {
     size_t room, taken = 0;
     unsigned char *to;
-    while (taken < size && !engine->error && !engine->ended) {
+    while (taken < size && !engine->error && !engine->ended &&
+           (engine->done || !br_ssl_engine_sendrec_buf(engine->core, &room))) {
         to = br_ssl_engine_recvrec_buf(engine->core, &room);
         if (!to) break;
         if (room > size - taken) room = size - taken;
@@ -11162,9 +11165,9 @@ static TCPSRV__COLD tcpsrv_stream *tcpsrv__handler_new(tcpsrv *server) {
     tcpsrv__block_init(&handler->hosted.home, TCPSRV__HOME_TOTAL, TCPSRV__POOL_HOME);
     stream = &handler->hosted.base.stream;
     stream->in_stack = 1;
-    handler->hosted.await.stream = stream;
-    handler->hosted.await.waiter.co = co;
-    handler->hosted.await.waiter.cancel = tcpsrv__await_cancel;
+    handler->hosted.own_wait.stream = stream;
+    handler->hosted.own_wait.waiter.co = co;
+    handler->hosted.own_wait.waiter.cancel = tcpsrv__await_cancel;
     return stream;
 }
 
