@@ -5624,7 +5624,7 @@ static void tcpsrv__recork(tcpsrv_stream *stream) {
 
 /* Hands out so many bytes of the buffer. A callback has done with them when it returns; a
    coroutine looks at them as long as it likes. */
-TCPSRV__INLINE void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
+static TCPSRV__APART void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsrv_bytes *bytes) {
     tcpsrv__block *in;
     if (stream->read_fn == tcpsrv__await_done) {
         tcpsrv__input_trim(stream);
@@ -5689,13 +5689,14 @@ TCPSRV__INLINE int tcpsrv__read_match(tcpsrv_stream *stream, int *err, tcpsrv_by
 
 /* The buffer has no answer, and the stream not a byte more for now. */
 static TCPSRV__APART int tcpsrv__read_stuck(tcpsrv_stream *stream, int *err) {
+    int full = stream->owner->full;
     *err = tcpsrv__read_end(stream);
     if (*err == TCPSRV_EOF && tcpsrv__read_has_come(stream)) *err = 0;
     if (*err) return 1;
     tcpsrv__input_settle(stream);
     if (stream->readable && !stream->connecting &&
-        !(stream->owner->full && tcpsrv__must_not_grow(stream)))
-        tcpsrv__make_ready(&stream->source);
+        (!full || !stream->owner->full || !tcpsrv__must_not_grow(stream)))
+        tcpsrv__make_ready(&stream->source); /* once more where this has made the server full */
     return 0;
 }
 
@@ -10259,7 +10260,8 @@ static TCPSRV__COLD int tcpsrv__tell(const char *path, const char *state) {
 static int tcpsrv__says_ready(const char *words) {
     while (strncmp(words, "READY=1", 7) != 0 || (words[7] && words[7] != '\n')) {
         words = strchr(words, '\n');
-        if (!words++) return 0;
+        if (!words) return 0;
+        words++;
     }
     return 1;
 }
@@ -11325,7 +11327,7 @@ static TCPSRV__COLD void tcpsrv__header_refuse(tcpsrv *server, tcpsrv_stream *st
 static TCPSRV__COLD int tcpsrv__header_is_data(tcpsrv *server, tcpsrv_stream *stream, int err) {
     tcpsrv_bytes bytes;
     if (server->owner.options.proxy_protocol != TCPSRV_PROXY_OPTIONAL) return 0;
-    if (err != TCPSRV_EREFUSED && err != TCPSRV_EOF) return 0;
+    if (err != TCPSRV_EREFUSED && !(err == TCPSRV_EOF && stream->eof)) return 0; /* or a drain's */
     tcpsrv_peek(stream, &bytes);
     return tcpsrv__proxy_version(bytes.data, bytes.size, 1) == 0;
 }
