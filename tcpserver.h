@@ -1283,10 +1283,10 @@ TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
 
 /* Whether c is among so many bytes, and where. */
 TCPSRV__INLINE int tcpsrv__find_char(const char *data, char c, size_t size, size_t *at) {
-    uint64_t near = tcpsrv__find_near(data, c);
-    if (size < TCPSRV__FIND_BEHIND) near &= ((uint64_t)1 << size) - 1;
-    *at = TCPSRV__LIKELY(near) ? TCPSRV__LOWEST(near) : tcpsrv__find_char_within(data, c, size);
-    return TCPSRV__LIKELY(near) || *at < size;
+    uint64_t bits = tcpsrv__find_near(data, c);
+    if (size < TCPSRV__FIND_BEHIND) bits &= ((uint64_t)1 << size) - 1;
+    *at = TCPSRV__LIKELY(bits) ? TCPSRV__LOWEST(bits) : tcpsrv__find_char_within(data, c, size);
+    return TCPSRV__LIKELY(bits) || *at < size;
 }
 
 /* Once: for a caller who tests for the usual result first, and leaves one below 0 to again. */
