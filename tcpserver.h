@@ -402,7 +402,9 @@ TCPSRV_API void tcpsrv_cancel_read(tcpsrv_stream *stream);
 /* In a coroutine: returns when everything is queued or sent and at most write_high_water is queued;
    what is more goes from the caller's memory while the coroutine waits. Outside one: never waits;
    all is queued, or TCPSRV_EBUFFULL (max_write_buffer_size) and nothing. Several writers are served
-   whole and in order. 0; TCPSRV_ECLOSED; -ENOMEM; why the stream is dead; TCPSRV_ETIMEDOUT. */
+   whole and in order. The bytes are copied, but for those that a read has just handed out: these
+   may leave from where they are and must not be changed any more once they are written.
+   0; TCPSRV_ECLOSED; -ENOMEM; why the stream is dead; TCPSRV_ETIMEDOUT. */
 TCPSRV_API int tcpsrv_write(tcpsrv_stream *stream, const void *data, size_t size);
 TCPSRV_API int tcpsrv_writev(tcpsrv_stream *stream, const tcpsrv_bytes *pieces, int count);
 TCPSRV_API int tcpsrv_printf(tcpsrv_stream *stream, const char *format, ...) TCPSRV_PRINTF(2, 3);
@@ -11323,11 +11325,12 @@ static TCPSRV__COLD void tcpsrv__header_refuse(tcpsrv *server, tcpsrv_stream *st
     else tcpsrv_abort(stream);
 }
 
-/* Whether what a trusted peer sent instead of a header is data. */
+/* Whether what a trusted peer sent instead of a header is data. That it sent nothing is, if it has
+   finished itself; not where a drain ends the wait. */
 static TCPSRV__COLD int tcpsrv__header_is_data(tcpsrv *server, tcpsrv_stream *stream, int err) {
     tcpsrv_bytes bytes;
     if (server->owner.options.proxy_protocol != TCPSRV_PROXY_OPTIONAL) return 0;
-    if (err != TCPSRV_EREFUSED && !(err == TCPSRV_EOF && stream->eof)) return 0; /* or a drain's */
+    if (err != TCPSRV_EREFUSED && !(err == TCPSRV_EOF && stream->eof)) return 0;
     tcpsrv_peek(stream, &bytes);
     return tcpsrv__proxy_version(bytes.data, bytes.size, 1) == 0;
 }

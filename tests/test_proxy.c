@@ -773,6 +773,23 @@ static void a_drain_ends_those_that_have_sent_nothing(void) {
     end();
 }
 
+/* Nobody knows yet whether data comes instead of a header; the drain's end is no data. */
+static void where_it_is_optional_a_drain_begins_no_silent_connection(void) {
+    tcpsrv_options options = options_for(1, TCPSRV_PROXY_OPTIONAL);
+    int fd;
+    options.on_drained = on_drained;
+    drained = 0;
+    begin(&options);
+    fd = client(1);
+    turns(3);
+    tcpsrv_drain(server, -1);
+    while (!drained) turns(1);
+    CHECK_INT(begun, 0);
+    CHECK_STR(line_from(fd), "");
+    close(fd);
+    end();
+}
+
 static void failing(int coroutines) {
     tcpsrv_options options = options_for(coroutines, TCPSRV_PROXY_REQUIRED);
     int n, fd;
@@ -831,6 +848,7 @@ int main(int argc, char **argv) {
         TEST(networks_have_the_addresses_that_their_bits_say),
         TEST(servers_and_loops_may_end_while_headers_are_awaited),
         TEST(a_drain_ends_those_that_have_sent_nothing),
+        TEST(where_it_is_optional_a_drain_begins_no_silent_connection),
         TEST(a_failed_allocation_costs_one_connection_at_most),
         TEST(new_without_memory_says_so),
     };
