@@ -965,6 +965,11 @@ typedef int tcpsrv__iovlen;
 #else
 #define TCPSRV__SEND_FLAGS 0
 #endif
+#ifdef SO_NOSIGPIPE
+#define TCPSRV__NO_SIGPIPE SO_NOSIGPIPE
+#else
+#define TCPSRV__NO_SIGPIPE (-1)
+#endif
 #ifndef MAP_ANONYMOUS
 #define MAP_ANONYMOUS MAP_ANON
 #endif
@@ -1216,18 +1221,43 @@ static int tcpsrv__sys_close_on_exec(int fd) {
     return tcpsrv__sys_result(fcntl(fd, F_SETFD, FD_CLOEXEC));
 }
 
+static int tcpsrv__sys_option(int fd, int level, int option, int value) {
+    return tcpsrv__sys_result(setsockopt(fd, level, option, &value, sizeof value));
+}
+
+static void tcpsrv__sys_close(int fd) {
+    close(fd); /* after EINTR the descriptor is gone too, or unknowable: never again (close(2)) */
+}
+
 static TCPSRV__COLD int tcpsrv__set_cloexec_nonblock(int fd) {
     int err = tcpsrv__sys_set_blocking(fd, 0);
     return err < 0 ? err : tcpsrv__sys_close_on_exec(fd);
 }
 
+/* A socket that a call without flags gave, with them; or a code, and it is closed. */
+static TCPSRV__COLD int tcpsrv__socket_flagged(int fd) {
+    int err = fd < 0 ? tcpsrv__failed() : tcpsrv__set_cloexec_nonblock(fd);
+    if (!err && TCPSRV__NO_SIGPIPE >= 0)
+        err = tcpsrv__sys_option(fd, SOL_SOCKET, TCPSRV__NO_SIGPIPE, 1);
+    if (err && fd >= 0) tcpsrv__sys_close(fd);
+    return err ? err : fd;
+}
+
+/* Both ends of a pipe. */
+static TCPSRV__COLD int tcpsrv__sys_pipe(int fds[2]) {
+    int err;
+    if (pipe(fds) != 0) return tcpsrv__failed();
+    err = tcpsrv__set_cloexec_nonblock(fds[0]);
+    if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
+    if (!err) return 0;
+    tcpsrv__sys_close(fds[0]);
+    tcpsrv__sys_close(fds[1]);
+    return err;
+}
+
 static int tcpsrv__sys_dup(int fd) {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     return tcpsrv__sys_result(copy);
-}
-
-static void tcpsrv__sys_close(int fd) {
-    close(fd); /* after EINTR the descriptor is gone too, or unknowable: never again (close(2)) */
 }
 
 /* A descriptor to give up when there are no others. */
@@ -1428,16 +1458,8 @@ static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *si
 }
 #else
 static int tcpsrv__sys_accept(int listener, struct sockaddr *peer, socklen_t *size) {
-    int on = 1, err, fd = accept(listener, peer, size);
-    if (fd < 0) return tcpsrv__failed();
-    err = tcpsrv__set_cloexec_nonblock(fd);
-#ifdef SO_NOSIGPIPE
-    if (!err)
-        err = tcpsrv__sys_result(setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on));
-#endif
-    (void)on;
-    if (err) tcpsrv__sys_close(fd);
-    return err ? err : fd;
+    int fd = accept(listener, peer, size);
+    return tcpsrv__socket_flagged(fd);
 }
 #endif
 
@@ -1454,7 +1476,7 @@ static void tcpsrv__sys_reset_on_close(int fd) {
 }
 
 static int tcpsrv__sys_nodelay(int fd, int on) {
-    return tcpsrv__sys_result(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
+    return tcpsrv__sys_option(fd, IPPROTO_TCP, TCP_NODELAY, on);
 }
 
 static int tcpsrv__sys_listens(int fd) {
@@ -1483,7 +1505,6 @@ static int tcpsrv__sys_connected(int fd) {
     socklen_t size = sizeof name;
     return tcpsrv__sys_peer_name(fd, &name, &size) == 0;
 }
-
 
 /* As epoll says it: a file or directory is always ready, and cannot be waited for. */
 static TCPSRV__UNUSED int tcpsrv__sys_can_wait(int fd) {
@@ -1531,15 +1552,9 @@ static int tcpsrv__waker_open(tcpsrv__waker *waker) {
 }
 #else
 static int tcpsrv__waker_open(tcpsrv__waker *waker) {
-    int fds[2], err;
-    if (pipe(fds) != 0) return tcpsrv__failed();
-    err = tcpsrv__set_cloexec_nonblock(fds[0]);
-    if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
+    int fds[2] = { -1, -1 }, err = tcpsrv__sys_pipe(fds);
     waker->read_fd = fds[0];
     waker->write_fd = fds[1];
-    if (!err) return 0;
-    close(fds[0]);
-    close(fds[1]);
     return err;
 }
 #endif
@@ -1627,7 +1642,17 @@ static void tcpsrv__sys_restore_signal(int signo) {
     TCPSRV__STORE(&tcpsrv__signal_fd[signo], 0);
 }
 
-/* ---- knowing a forked child ------------------------------------------------------------------ */
+/* ---- memory in pages ------------------------------------------------------------------------- */
+
+/* Zeroed; NULL: none. */
+static void *tcpsrv__sys_map(size_t size, int flags) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, flags | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static void tcpsrv__sys_unmap(void *memory, size_t size) {
+    munmap(memory, size);
+}
 
 static size_t tcpsrv__page_size(void) {
     long size = sysconf(_SC_PAGESIZE);
@@ -1639,14 +1664,14 @@ static size_t tcpsrv__page_size(void) {
 #if defined(MADV_WIPEONFORK)
 static TCPSRV__COLD char *tcpsrv__sys_map_mark(void) {
     size_t size = tcpsrv__page_size();
-    void *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (page == MAP_FAILED) return NULL;
+    char *page = (char *)tcpsrv__sys_map(size, MAP_PRIVATE);
+    if (!page) return NULL;
     if (madvise(page, size, -1) == 0 || madvise(page, size, MADV_WIPEONFORK) != 0) {
-        munmap(page, size);
+        tcpsrv__sys_unmap(page, size);
         return NULL;
     }
-    *(char *)page = 1;
-    return (char *)page;
+    *page = 1;
+    return page;
 }
 #else
 static char *tcpsrv__sys_map_mark(void) {
@@ -1655,7 +1680,7 @@ static char *tcpsrv__sys_map_mark(void) {
 #endif
 
 static void tcpsrv__sys_unmap_mark(char *mark) {
-    if (mark) munmap(mark, tcpsrv__page_size());
+    if (mark) tcpsrv__sys_unmap(mark, tcpsrv__page_size());
 }
 
 /* ---- context switch -------------------------------------------------------------------------- */
@@ -1983,17 +2008,11 @@ static void tcpsrv__context_make(tcpsrv__context *context, char *top, tcpsrv__en
 #endif
 
 static char *tcpsrv__sys_map_stacks(size_t size) {
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-    if (memory == MAP_FAILED) return NULL;
+    void *memory = tcpsrv__sys_map(size, MAP_PRIVATE | MAP_NORESERVE | MAP_STACK);
 #ifdef MADV_NOHUGEPAGE
-    madvise(memory, size, MADV_NOHUGEPAGE);
+    if (memory) madvise(memory, size, MADV_NOHUGEPAGE);
 #endif
     return (char *)memory;
-}
-
-static void tcpsrv__sys_unmap(char *memory, size_t size) {
-    munmap(memory, size);
 }
 
 /* Access to the guard faults from now on. */
@@ -2071,22 +2090,10 @@ static int tcpsrv__sys_socket(int family) {
 }
 #else
 static int tcpsrv__sys_socket(int family) {
-    int err, on = 1, fd = socket(family, SOCK_STREAM, 0);
-    if (fd < 0) return tcpsrv__failed();
-    err = tcpsrv__set_cloexec_nonblock(fd);
-#ifdef SO_NOSIGPIPE
-    if (!err)
-        err = tcpsrv__sys_result(setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on));
-#endif
-    (void)on;
-    if (err) tcpsrv__sys_close(fd);
-    return err ? err : fd;
+    int fd = socket(family, SOCK_STREAM, 0);
+    return tcpsrv__socket_flagged(fd);
 }
 #endif
-
-static int tcpsrv__sys_option(int fd, int level, int option, int value) {
-    return tcpsrv__sys_result(setsockopt(fd, level, option, &value, sizeof value));
-}
 
 /* SO_REUSEPORT that shares connections out; other systems give all to the last one bound. */
 #if defined(SO_REUSEPORT_LB)
@@ -2214,17 +2221,6 @@ static int tcpsrv__sys_reap(long pid, int *status, int block) {
     return got != 0;
 }
 
-static int tcpsrv__sys_pipe(int fds[2]) {
-    int err;
-    if (pipe(fds) != 0) return tcpsrv__failed();
-    err = tcpsrv__set_cloexec_nonblock(fds[0]);
-    if (!err) err = tcpsrv__set_cloexec_nonblock(fds[1]);
-    if (!err) return 0;
-    tcpsrv__sys_close(fds[0]);
-    tcpsrv__sys_close(fds[1]);
-    return err;
-}
-
 /* Waits for any of some descriptors; -1 stands for none. */
 static void tcpsrv__sys_wait_readable(const int *fds, int count, int timeout_ms) {
     struct pollfd entries[4];
@@ -2267,16 +2263,6 @@ static int tcpsrv__sys_signal_is_free(int signo) {
            action.sa_handler == SIG_DFL;
 }
 
-/* Zeroed memory that this process and its children have in common; NULL: none. */
-static void *tcpsrv__sys_map_shared(size_t size) {
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    return memory == MAP_FAILED ? NULL : memory;
-}
-
-static void tcpsrv__sys_unmap_shared(void *memory, size_t size) {
-    munmap(memory, size);
-}
-
 static void tcpsrv__sys_exit(int status) {
     exit(status);
 }
@@ -2314,11 +2300,8 @@ static int tcpsrv__sys_mkdir(const char *path) {
 }
 
 static int tcpsrv__sys_datagrams(void) {
-    int err, fd = socket(AF_UNIX, SOCK_DGRAM, 0);
-    if (fd < 0) return tcpsrv__failed();
-    err = tcpsrv__set_cloexec_nonblock(fd);
-    if (err) tcpsrv__sys_close(fd);
-    return err ? err : fd;
+    int fd = socket(AF_UNIX, SOCK_DGRAM, 0);
+    return tcpsrv__socket_flagged(fd);
 }
 
 /* A descriptor that is readable when that child has ended; -ENOTSUP and the like: not to be had. */
@@ -2764,21 +2747,18 @@ static int tcpsrv__poller_add(tcpsrv__poller *poller, int fd, int64_t id, short 
     return 0;
 }
 
-static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
-    int err;
-    memset(poller, 0, sizeof *poller);
-    err = tcpsrv__poller_add(poller, waker_fd, 0, POLLIN);
-    if (!err) return 0;
-    tcpsrv__free(poller->entries);
-    tcpsrv__free(poller->ids);
-    tcpsrv__free(poller->index_of);
-    return err;
-}
-
 static void tcpsrv__poller_close(tcpsrv__poller *poller) {
     tcpsrv__free(poller->entries);
     tcpsrv__free(poller->ids);
     tcpsrv__free(poller->index_of);
+}
+
+static int tcpsrv__poller_open(tcpsrv__poller *poller, int waker_fd) {
+    int err;
+    memset(poller, 0, sizeof *poller);
+    err = tcpsrv__poller_add(poller, waker_fd, 0, POLLIN);
+    if (err) tcpsrv__poller_close(poller);
+    return err;
 }
 
 static int tcpsrv__poller_fd(const tcpsrv__poller *poller) {
@@ -4334,7 +4314,6 @@ static void tcpsrv__waiter_resume(tcpsrv__waiter *waiter, int result) {
     tcpsrv__waiter_done(waiter, result);
 }
 
-
 static void tcpsrv__co_leave(tcpsrv_loop *loop, tcpsrv__co *co) {
     (void)loop, (void)co;
 }
@@ -4959,7 +4938,6 @@ static TCPSRV__COLD void tcpsrv__name_address(const tcpsrv__peer_name *name,
     memcpy(address->ip, name->ip, sizeof name->ip);
 }
 
-
 static TCPSRV__COLD void tcpsrv__peer_name_of(const tcpsrv_stream *stream,
                                               tcpsrv__peer_name *name) {
     memset(name, 0, sizeof *name);
@@ -5043,7 +5021,6 @@ static TCPSRV__COLD long tcpsrv__file_transmit(tcpsrv_stream *stream, const stru
                                                int count) {
     return tcpsrv__sys_writev(stream->source.fd, pieces, count);
 }
-
 
 static const tcpsrv__transport tcpsrv__plain = {
     tcpsrv__plain_receive, tcpsrv__plain_transmit, tcpsrv__plain_shut, NULL, NULL, 1, 1
@@ -6885,7 +6862,6 @@ TCPSRV_FAST int tcpsrv_read_until(tcpsrv_stream *stream, const char *delimiter, 
                                   tcpsrv_bytes *bytes) {
     return tcpsrv_await(stream, tcpsrv_until(delimiter, max), bytes);
 }
-
 
 /* ---- writing --------------------------------------------------------------------------------- */
 
@@ -10619,7 +10595,6 @@ static TCPSRV__COLD void tcpsrv__attempt_event(tcpsrv__source *source, int event
 
 /* ---- what to connect to ---------------------------------------------------------------------- */
 
-
 /* The stream may have ended meanwhile. */
 static TCPSRV__COLD void tcpsrv__looked_up(void *arg) {
     tcpsrv__lookup_job *job = TCPSRV__CONTAINER(tcpsrv__lookup_job, lookup, arg);
@@ -10843,7 +10818,6 @@ static tcpsrv *tcpsrv__server_of(tcpsrv__owner *owner) {
 
 /* ---- logging --------------------------------------------------------------------------------- */
 
-
 /* At most one line a second for each cause; the next one says how many were left out. */
 static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char *what,
                                 const tcpsrv_address *peer) {
@@ -10951,7 +10925,6 @@ static TCPSRV__COLD void tcpsrv__server_drop(tcpsrv__source *source) {
     for (drain = server->drain_signals; drain; drain = drain->next) drain->id = 0;
     tcpsrv__server_settle(server);
 }
-
 
 static const tcpsrv__class tcpsrv__server_class = {
     NULL, NULL, tcpsrv__server_drop, tcpsrv__server_destroy, 0, 0
@@ -11677,7 +11650,6 @@ TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
     if (server->loop) tcpsrv__timer_arm(server->loop, &server->drain_timer, TCPSRV__NEVER);
     return err ? tcpsrv__fail(err, "add_sockets", NULL) : 0;
 }
-
 
 TCPSRV_IMPL int tcpsrv_bind(tcpsrv *server, int port, const char *address,
                             const tcpsrv_bind_options *options) {
@@ -12480,13 +12452,12 @@ static TCPSRV__COLD void tcpsrv__worker_begin(int task_id) {
 }
 
 static TCPSRV__COLD void tcpsrv__workers_unmap(void) {
-    tcpsrv__sys_unmap_shared(tcpsrv__workers,
-                             (size_t)tcpsrv__worker_count * sizeof *tcpsrv__workers);
+    tcpsrv__sys_unmap(tcpsrv__workers, (size_t)tcpsrv__worker_count * sizeof *tcpsrv__workers);
     TCPSRV__STORE(&tcpsrv__workers, NULL);
 }
 
 static TCPSRV__COLD int tcpsrv__workers_map(int count) {
-    void *memory = tcpsrv__sys_map_shared((size_t)count * sizeof *tcpsrv__workers);
+    void *memory = tcpsrv__sys_map((size_t)count * sizeof *tcpsrv__workers, MAP_SHARED);
     if (!memory) return -ENOMEM;
     tcpsrv__worker_count = count;
     TCPSRV__STORE(&tcpsrv__workers, (tcpsrv__worker *)memory);
