@@ -1166,9 +1166,18 @@ static TCPSRV__COLD int tcpsrv__fail(int code, const char *step, const char *pla
     return code;
 }
 
+static TCPSRV__APART void tcpsrv__log(const tcpsrv_options *options, int level,
+                                      const char *format, ...) TCPSRV_PRINTF(3, 4);
+
 /* NULL: as if log was not set. */
-static TCPSRV__APART void tcpsrv__log(const tcpsrv_options *options, int level, const char *line) {
+static TCPSRV__APART void tcpsrv__log(const tcpsrv_options *options, int level,
+                                      const char *format, ...) {
     tcpsrv_log_fn *fn = options ? options->log : NULL;
+    char line[320];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
     if (fn) fn(level, line, options->user);
     else if (level <= TCPSRV_LOG_WARNING) fprintf(stderr, "tcpserver: %s\n", line);
 }
@@ -2248,12 +2257,8 @@ static void tcpsrv__sys_hold_signals(const int *signals, int count, int hold) {
 
 /* Those that a terminal sends to all. */
 static void tcpsrv__sys_ignore_signals(int hangup) {
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    sigemptyset(&action.sa_mask);
-    action.sa_handler = SIG_IGN;
-    sigaction(SIGINT, &action, NULL);
-    if (hangup) sigaction(SIGHUP, &action, NULL);
+    signal(SIGINT, SIG_IGN);
+    if (hangup) signal(SIGHUP, SIG_IGN);
 }
 
 /* Whether nobody handles or ignores it. */
@@ -7207,7 +7212,7 @@ static TCPSRV__COLD void tcpsrv__tls_warn(const tcpsrv_tls *tls, const char *for
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     if (tls->log) tls->log(TCPSRV_LOG_WARNING, line, tls->user);
-    else tcpsrv__log(NULL, TCPSRV_LOG_WARNING, line);
+    else tcpsrv__log(NULL, TCPSRV_LOG_WARNING, "%s", line);
 }
 
 /* What may be right all the same: 0 and a warning, or a failure where none is wanted. */
@@ -9680,34 +9685,29 @@ static void tcpsrv__names_add(tcpsrv__names *names, const struct addrinfo *info)
     names->size[names->count++] = info->ai_addrlen;
 }
 
+/* Adds the next that is of that family, or of another one; gives what is behind it. */
+static TCPSRV__COLD const struct addrinfo *
+tcpsrv__names_take(tcpsrv__names *names, const struct addrinfo *at, int family, int same) {
+    while (at && (at->ai_family == family) != same) at = at->ai_next;
+    if (!at) return NULL;
+    tcpsrv__names_add(names, at);
+    return at->ai_next;
+}
+
 /* Sorted by family, so that processes that bind the same set meet in the same order. */
 static void tcpsrv__names_sort(tcpsrv__names *names, const struct addrinfo *list) {
     const struct addrinfo *at;
-    for (at = list; at; at = at->ai_next)
-        if (at->ai_family == AF_INET) tcpsrv__names_add(names, at);
-    for (at = list; at; at = at->ai_next)
-        if (at->ai_family == AF_INET6) tcpsrv__names_add(names, at);
-}
-
-static const struct addrinfo *tcpsrv__next_of(const struct addrinfo *at, int family, int same) {
-    while (at && (at->ai_family == family) != same) at = at->ai_next;
-    return at;
+    for (at = list; at;) at = tcpsrv__names_take(names, at, AF_INET, 1);
+    for (at = list; at;) at = tcpsrv__names_take(names, at, AF_INET6, 1);
 }
 
 /* The resolver's order, the families in turn, so that one that does not work costs little (RFC
    8305 4). */
 static void tcpsrv__names_weave(tcpsrv__names *names, const struct addrinfo *list) {
-    int family = list ? list->ai_family : 0;
-    const struct addrinfo *one = list, *other = tcpsrv__next_of(list, family, 0);
+    const struct addrinfo *one = list, *other = list;
     while (one || other) {
-        if (one) {
-            tcpsrv__names_add(names, one);
-            one = tcpsrv__next_of(one->ai_next, family, 1);
-        }
-        if (other) {
-            tcpsrv__names_add(names, other);
-            other = tcpsrv__next_of(other->ai_next, family, 0);
-        }
+        one = tcpsrv__names_take(names, one, list->ai_family, 1);
+        other = tcpsrv__names_take(names, other, list->ai_family, 0);
     }
 }
 
@@ -10823,7 +10823,8 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
                                 const tcpsrv_address *peer) {
     uint64_t now = tcpsrv__clock_ns();
     tcpsrv__log_cause *cause = server->causes, *at;
-    char line[320], place[TCPSRV_ADDRESS_TEXT] = "";
+    char place[TCPSRV_ADDRESS_TEXT] = "";
+    unsigned missed;
     for (at = server->causes; at < server->causes + TCPSRV__LOG_CAUSES; at++) {
         if (at->code == code) {
             cause = at;
@@ -10836,13 +10837,13 @@ static void tcpsrv__log_limited(tcpsrv *server, int level, int code, const char 
         return;
     }
     if (peer) tcpsrv_address_text(peer, place, sizeof place);
-    snprintf(line, sizeof line, cause->code == code && cause->missed ? "%s%s%s: %s (%u more since)"
-                                                                     : "%s%s%s: %s",
-             what, peer ? " " : "", place, tcpsrv_strerror(code), cause->missed);
+    missed = cause->code == code ? cause->missed : 0;
     cause->code = code;
     cause->missed = 0;
     cause->next = now + 1000000000u;
-    tcpsrv__log(&server->owner.options, level, line);
+    tcpsrv__log(&server->owner.options, level,
+                missed ? "%s%s%s: %s (%u more since)" : "%s%s%s: %s", what, peer ? " " : "", place,
+                tcpsrv_strerror(code), missed);
 }
 
 /* How a handler ended, where that is not an ordinary end. */
@@ -11697,13 +11698,16 @@ TCPSRV_IMPL void tcpsrv_stop(tcpsrv *server) {
     if (server->loop) tcpsrv__pause_end(server);
 }
 
-/* The server's live stream in that slot, or NULL. */
-static tcpsrv_stream *tcpsrv__stream_in_slot(tcpsrv *server, uint32_t number) {
-    tcpsrv__source *source = tcpsrv__slot_source(server->loop, &server->loop->slots[number]);
-    tcpsrv_stream *stream;
-    if (!source || source->type != &tcpsrv__stream_class) return NULL;
-    stream = tcpsrv__stream_of(source);
-    return stream->owner == &server->owner ? stream : NULL;
+/* The server's next live stream behind that slot, 0 for the first; NULL: no more, or no loop. */
+static TCPSRV__COLD tcpsrv_stream *tcpsrv__next_stream(const tcpsrv *server, uint32_t *slot) {
+    const tcpsrv_loop *loop = server->loop;
+    while (loop && ++*slot < loop->slot_count) {
+        tcpsrv__source *source = tcpsrv__slot_source(loop, &loop->slots[*slot]);
+        if (source && source->type == &tcpsrv__stream_class &&
+            tcpsrv__stream_of(source)->owner == &server->owner)
+            return tcpsrv__stream_of(source);
+    }
+    return NULL;
 }
 
 /* ---- memory ---------------------------------------------------------------------------------- */
@@ -11713,12 +11717,11 @@ enum { TCPSRV__STUCK_MS = 1000 };
 /* Looks at every stream with a message that has come in part: the one that holds most, or the one
    that has held it longest; NULL where there is none. */
 static TCPSRV__COLD tcpsrv_stream *tcpsrv__begun_message(tcpsrv *server, int by_weight) {
-    uint32_t i, turn = (uint32_t)server->loop->turn, best = 0;
-    tcpsrv_stream *found = NULL;
-    for (i = 1; i < server->loop->slot_count; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
+    uint32_t slot = 0, turn = (uint32_t)server->loop->turn, best = 0;
+    tcpsrv_stream *stream, *found = NULL;
+    while ((stream = tcpsrv__next_stream(server, &slot)) != NULL) {
         uint32_t rank;
-        if (!stream || !stream->read_fn || !stream->charged || stream->closing || stream->dead ||
+        if (!stream->read_fn || !stream->charged || stream->closing || stream->dead ||
             !stream->in || !tcpsrv__block_size(stream->in))
             continue;
         rank = by_weight ? stream->charged : turn - stream->since;
@@ -11731,12 +11734,11 @@ static TCPSRV__COLD tcpsrv_stream *tcpsrv__begun_message(tcpsrv *server, int by_
 
 /* Whether nothing more is received. Streams that were held back then have their turn. */
 static TCPSRV__COLD void tcpsrv__set_full(tcpsrv *server, int full) {
-    uint32_t i;
+    tcpsrv_stream *stream;
+    uint32_t slot = 0;
     server->owner.full = full;
     server->owner.favoured = 0;
-    for (i = 1; i < server->loop->slot_count; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (!stream) continue;
+    while ((stream = tcpsrv__next_stream(server, &slot)) != NULL) {
         stream->winding = tcpsrv__winds(&server->owner) != 0;
         if (!full && stream->read_fn) tcpsrv__make_ready(&stream->source);
     }
@@ -11809,22 +11811,19 @@ static TCPSRV__COLD void tcpsrv__weigh(tcpsrv__owner *owner, tcpsrv_stream *stre
 
 TCPSRV_IMPL void tcpsrv_foreach(tcpsrv *server, void (*fn)(tcpsrv_stream *stream, void *arg),
                                 void *arg) {
-    uint32_t i, end = server->loop ? server->loop->slot_count : 0;
+    tcpsrv_stream *stream;
+    uint32_t slot = 0;
     server->busy++;
-    for (i = 1; i < end && server->loop; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (stream && !stream->closing && !stream->starting) fn(stream, arg);
-    }
+    while ((stream = tcpsrv__next_stream(server, &slot)) != NULL)
+        if (!stream->closing && !stream->starting) fn(stream, arg);
     server->busy--;
     tcpsrv__server_settle(server);
 }
 
 static void tcpsrv__abort_all(tcpsrv *server) {
-    uint32_t i, end = server->loop ? server->loop->slot_count : 0;
-    for (i = 1; i < end; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (stream) tcpsrv_abort(stream);
-    }
+    tcpsrv_stream *stream;
+    uint32_t slot = 0;
+    while ((stream = tcpsrv__next_stream(server, &slot)) != NULL) tcpsrv_abort(stream);
 }
 
 TCPSRV_IMPL void tcpsrv_free(tcpsrv *server) {
@@ -11848,13 +11847,11 @@ static TCPSRV__COLD int tcpsrv__others_drain(const tcpsrv_loop *loop) {
 
 /* Waiting reads are looked at again, and those at a message boundary end. */
 static TCPSRV__COLD void tcpsrv__drain_step(tcpsrv *server, int draining, uint64_t next) {
-    tcpsrv_loop *loop = server->loop;
-    uint32_t i;
+    tcpsrv_stream *stream;
+    uint32_t slot = 0;
     server->owner.draining = draining;
-    tcpsrv__timer_arm(loop, &server->drain_timer, next);
-    for (i = 1; i < loop->slot_count; i++) {
-        tcpsrv_stream *stream = tcpsrv__stream_in_slot(server, i);
-        if (!stream) continue;
+    tcpsrv__timer_arm(server->loop, &server->drain_timer, next);
+    while ((stream = tcpsrv__next_stream(server, &slot)) != NULL) {
         stream->winding = 1;
         tcpsrv__make_ready(&stream->source);
     }
@@ -12206,11 +12203,9 @@ static TCPSRV__COLD void tcpsrv__successor_takes_over(tcpsrv__successor *success
 /* Why nothing came of it: what it said itself, or how it ended. */
 static TCPSRV__COLD void tcpsrv__successor_failed(const tcpsrv__successor *successor,
                                                   const tcpsrv_options *options, const char *how) {
-    char line[320];
     if (successor->error > 0) how = tcpsrv_strerror(-successor->error);
-    snprintf(line, sizeof line, "upgrade failed: %s, pid %ld: %s: this process goes on",
-             successor->program, successor->pid, how);
-    tcpsrv__log(options, TCPSRV_LOG_ERROR, line);
+    tcpsrv__log(options, TCPSRV_LOG_ERROR, "upgrade failed: %s, pid %ld: %s: this process goes on",
+                successor->program, successor->pid, how);
 }
 
 /* Its time is over: told to end, it is not believed any more. */
@@ -12466,19 +12461,6 @@ static TCPSRV__COLD int tcpsrv__workers_map(int count) {
 
 /* ---- what the parent says -------------------------------------------------------------------- */
 
-static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
-                                            const char *format, ...) TCPSRV_PRINTF(3, 4);
-
-static TCPSRV__COLD void tcpsrv__family_log(const tcpsrv__family *family, int level,
-                                            const char *format, ...) {
-    char line[320];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
-    tcpsrv__log(family->options, level, line);
-}
-
 static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
     uint64_t now = tcpsrv__clock_ns();
     tcpsrv_stats stats;
@@ -12487,18 +12469,18 @@ static TCPSRV__COLD void tcpsrv__family_dump(const tcpsrv__family *family) {
         const tcpsrv__child *child = &family->children[i];
         int pid = tcpsrv_worker_stats(i, &stats);
         if (pid < 0) {
-            tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d: not running, %d restarts", i,
-                               child->restarts);
+            tcpsrv__log(family->options, TCPSRV_LOG_WARNING,
+                        "child %d: not running, %d restarts", i, child->restarts);
             continue;
         }
-        tcpsrv__family_log(family, TCPSRV_LOG_WARNING,
-                           "child %d: pid %d for %llu s, %d restarts, %llu active of %llu accepted,"
-                           " %llu bytes read, %llu written", i, pid,
-                           (unsigned long long)(now - child->started) / 1000000000u,
-                           child->restarts, (unsigned long long)stats.active,
-                           (unsigned long long)stats.accepted,
-                           (unsigned long long)stats.bytes_read,
-                           (unsigned long long)stats.bytes_written);
+        tcpsrv__log(family->options, TCPSRV_LOG_WARNING,
+                    "child %d: pid %d for %llu s, %d restarts, %llu active of %llu accepted,"
+                    " %llu bytes read, %llu written", i, pid,
+                    (unsigned long long)(now - child->started) / 1000000000u,
+                    child->restarts, (unsigned long long)stats.active,
+                    (unsigned long long)stats.accepted,
+                    (unsigned long long)stats.bytes_read,
+                    (unsigned long long)stats.bytes_written);
     }
 }
 
@@ -12517,14 +12499,12 @@ static TCPSRV__COLD int tcpsrv__family_catch(tcpsrv__family *family, int signo) 
 
 /* SIGUSR1 only where the program has no use of its own for it. */
 static TCPSRV__COLD int tcpsrv__family_signals(tcpsrv__family *family) {
-    static const int signals[TCPSRV__FAMILY_SIGNALS] = { SIGTERM, SIGINT, SIGCHLD, SIGHUP, SIGUSR1,
-                                                         SIGUSR2 };
-    int i, err = 0, unwanted[TCPSRV__FAMILY_SIGNALS] = { 0, 0, 0, 0, 0, 0 };
-    unwanted[3] = !TCPSRV__LOAD(&tcpsrv__reload_wanted);
-    unwanted[4] = !tcpsrv__sys_signal_is_free(SIGUSR1);
-    unwanted[5] = !TCPSRV__LOAD(&tcpsrv__upgrade_wanted);
-    for (i = 0; i < TCPSRV__FAMILY_SIGNALS && !err; i++)
-        if (!unwanted[i]) err = tcpsrv__family_catch(family, signals[i]);
+    int err = tcpsrv__family_catch(family, SIGTERM);
+    if (!err) err = tcpsrv__family_catch(family, SIGINT);
+    if (!err) err = tcpsrv__family_catch(family, SIGCHLD);
+    if (!err && TCPSRV__LOAD(&tcpsrv__reload_wanted)) err = tcpsrv__family_catch(family, SIGHUP);
+    if (!err && TCPSRV__LOAD(&tcpsrv__upgrade_wanted)) err = tcpsrv__family_catch(family, SIGUSR2);
+    if (!err && tcpsrv__sys_signal_is_free(SIGUSR1)) err = tcpsrv__family_catch(family, SIGUSR1);
     if (err) tcpsrv__family_release(family);
     return err;
 }
@@ -12633,9 +12613,9 @@ static TCPSRV__COLD int tcpsrv__family_alive(const tcpsrv__family *family) {
 
 static TCPSRV__COLD void tcpsrv__give_up(tcpsrv__family *family, int task_id, const char *how,
                                          int restarts) {
-    tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
-                       "child %d crashed: %s: giving up after %d restarts, %d of them its own",
-                       task_id, how, restarts, family->children[task_id].restarts);
+    tcpsrv__log(family->options, TCPSRV_LOG_ERROR,
+                "child %d crashed: %s: giving up after %d restarts, %d of them its own",
+                task_id, how, restarts, family->children[task_id].restarts);
     family->gave_up = 1;
     family->kill_at = tcpsrv__clock_ns() + TCPSRV__NS(TCPSRV__GIVE_UP_MS);
     tcpsrv__family_end(family);
@@ -12653,8 +12633,8 @@ static TCPSRV__COLD void tcpsrv__child_crashed(tcpsrv__family *family, int task_
     family->restarts++;
     child->restarts++;
     if (now - child->started > TCPSRV__NS(TCPSRV__SETTLED_MS)) child->pause_ms = 0;
-    tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d crashed: %s: restart %d in %d ms",
-                       task_id, how, child->restarts, (int)child->pause_ms);
+    tcpsrv__log(family->options, TCPSRV_LOG_WARNING, "child %d crashed: %s: restart %d in %d ms",
+                task_id, how, child->restarts, (int)child->pause_ms);
     child->restart_at = now + tcpsrv__ms_to_ns(child->pause_ms);
     child->pause_ms *= 2;
     if (!child->pause_ms) child->pause_ms = TCPSRV__RESTART_MS;
@@ -12672,10 +12652,10 @@ static TCPSRV__COLD void tcpsrv__child_ended(tcpsrv__family *family, int task_id
     child->pid = 0;
     if (status == 0 || family->ending) {
         child->ended = 1;
-        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "child %d ended: %s", task_id, how);
+        tcpsrv__log(family->options, TCPSRV_LOG_INFO, "child %d ended: %s", task_id, how);
     } else if (tcpsrv__is_replaced(family, task_id)) {
-        tcpsrv__family_log(family, TCPSRV_LOG_WARNING, "child %d crashed: %s: replaced already",
-                           task_id, how);
+        tcpsrv__log(family->options, TCPSRV_LOG_WARNING, "child %d crashed: %s: replaced already",
+                    task_id, how);
     } else {
         tcpsrv__child_crashed(family, task_id, how);
     }
@@ -12725,9 +12705,9 @@ static TCPSRV__COLD void tcpsrv__add_leaver(tcpsrv__family *family, long pid) {
 static TCPSRV__COLD void tcpsrv__reload_failed(tcpsrv__family *family, const char *why) {
     int task_id = family->reload.task_id;
     TCPSRV__STORE_WORD(&tcpsrv__workers[task_id].pid, (size_t)family->children[task_id].pid);
-    tcpsrv__family_log(family, TCPSRV_LOG_ERROR,
-                       "reload: the new child %d does not serve: %s: those not yet replaced stay",
-                       task_id, why);
+    tcpsrv__log(family->options, TCPSRV_LOG_ERROR,
+                "reload: the new child %d does not serve: %s: those not yet replaced stay",
+                task_id, why);
     tcpsrv__reload_clear(family, -1);
 }
 
@@ -12844,8 +12824,8 @@ static TCPSRV__COLD void tcpsrv__family_upgrade(tcpsrv__family *family) {
     if (!err) return;
     successor->pid = 0;
     tcpsrv__successor_close(successor);
-    tcpsrv__family_log(family, TCPSRV_LOG_ERROR, "upgrade failed: %.100s: %s", argv[0],
-                       tcpsrv_strerror(err));
+    tcpsrv__log(family->options, TCPSRV_LOG_ERROR, "upgrade failed: %.100s: %s", argv[0],
+                tcpsrv_strerror(err));
 }
 
 static TCPSRV__COLD void tcpsrv__family_hear(tcpsrv__family *family) {
@@ -12890,8 +12870,8 @@ static TCPSRV__COLD void tcpsrv__family_reap(tcpsrv__family *family) {
             at = &leaver->next;
             continue;
         }
-        tcpsrv__family_log(family, TCPSRV_LOG_INFO, "child %d that was replaced ended: %s",
-                           leaver->task_id, tcpsrv__status_text(status, how));
+        tcpsrv__log(family->options, TCPSRV_LOG_INFO, "child %d that was replaced ended: %s",
+                    leaver->task_id, tcpsrv__status_text(status, how));
         *at = leaver->next;
         tcpsrv__free(leaver);
     }

@@ -49,7 +49,7 @@
 #define eventfd(value, flags) sim_eventfd()
 #define pipe(fds) sim_pipe(fds)
 #define getrlimit(what, limit) sim_getrlimit(limit)
-#define mmap(at, size, protection, flags, fd, offset) sim_mmap(size)
+#define mmap(at, size, protection, flags, fd, offset) ((void)(flags), sim_mmap(size))
 #define munmap(memory, size) sim_munmap(memory, size)
 #define mprotect(memory, size, protection) sim_mprotect(memory, size, protection)
 #define madvise(memory, size, advice) sim_madvise(memory, size, advice)
