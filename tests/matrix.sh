@@ -406,6 +406,9 @@ snippet() { # a C block of the README: a program, a unit, or statements inside a
     fi
     if grep -q 'int main(' "$1"; then
         $CC $flags -I "$tmp/src" "$o/unit.c" -o "$o/program"
+        if grep -q '#include "tcpserver.h"' "$1" && command -v g++ >/dev/null; then # as it is told
+            g++ -std=c++11 -Wall -Werror -I "$tmp/src" -x c++ "$o/unit.c" -o "$o/program"
+        fi
     elif ! $CC $flags -I "$tmp/src" -c "$o/unit.c" -o "$o/unit.o"; then
         echo "as statements:"
         $CC $flags -I "$tmp/src" -c "$o/function.c" -o "$o/unit.o"
