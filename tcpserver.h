@@ -1043,6 +1043,7 @@ typedef int tcpsrv__iovlen;
 
 #if defined(__GNUC__)
 #define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
+#define TCPSRV__PREFETCH(address) __builtin_prefetch((const void *)(address))
 #define TCPSRV__INLINE static inline __attribute__((always_inline)) /* on every message's path, */
                        /* or shorter than a function of its own with its calls */
 #define TCPSRV__NOINLINE __attribute__((noinline))
@@ -1051,6 +1052,7 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__COPIES __attribute__((hot)) /* except this, whose copies would go byte by byte */
 #else
 #define TCPSRV__LIKELY(x) (x)
+#define TCPSRV__PREFETCH(address) ((void)(address))
 #define TCPSRV__INLINE static
 #define TCPSRV__NOINLINE
 #define TCPSRV__UNUSED
@@ -2955,6 +2957,7 @@ struct tcpsrv_loop {
     char *out_at;               /* to here, */
     int has_boxes;
     size_t out_room;            /* with so many bytes free behind */
+    tcpsrv__block *spent;       /* was input; what leaves from it may not have left yet */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     tcpsrv__slot *slots;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
@@ -3615,11 +3618,29 @@ static const tcpsrv__class tcpsrv__wake_class = {
     tcpsrv__wake_event, NULL, NULL, NULL, 0, 0
 };
 
+enum {
+    TCPSRV__CACHED = 64,        /* streams at least, of those that are busy */
+    TCPSRV__AHEAD = 2,          /* events, fetching */
+    TCPSRV__FETCHED = 512       /* bytes on either side of a source's beginning */
+};
+
+/* Fetches what an event is for into the processor's caches: a coroutine's stack above all. */
+static TCPSRV__APART void tcpsrv__fetch_ahead(const tcpsrv_loop *loop, int event) {
+    uintptr_t at, end;
+    int64_t id;
+    tcpsrv__poller_event(&loop->poller, event, &id);
+    at = (uintptr_t)loop->slots[(uint64_t)id & 0xffffffffu].source;
+    for (end = at + TCPSRV__FETCHED, at -= TCPSRV__FETCHED; at < end; at += 64) TCPSRV__PREFETCH(at);
+}
+
+/* Where more are ready than caches hold, each is fetched while the kernel works for those before. */
 static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
+    int fetching = count > TCPSRV__CACHED ? count - TCPSRV__AHEAD : 0;
     tcpsrv__source *source;
     int64_t id;
     int i, events;
     for (i = 0; i < count; i++) {
+        if (i < fetching) tcpsrv__fetch_ahead(loop, i + TCPSRV__AHEAD);
         events = tcpsrv__poller_event(&loop->poller, i, &id);
         source = tcpsrv__source_told(loop, id);
         if (!source) continue;
@@ -4068,17 +4089,18 @@ static TCPSRV__APART void tcpsrv__co_errands(tcpsrv_loop *loop) {
 }
 
 /* Runs it until it waits or ends; what it wants done on the loop's stack is done between. */
-TCPSRV__INLINE void tcpsrv__co_resume_here(tcpsrv_loop *loop, tcpsrv__co *co) {
-    tcpsrv__stack_pool *pool = loop->stacks;
+TCPSRV__INLINE void tcpsrv__co_resume_here(const tcpsrv__source *source, tcpsrv__co *co) {
+    tcpsrv_loop *loop = source->loop;
     loop->current = co;
-    TCPSRV__TSAN_FROM(pool->main_fiber);
-    tcpsrv__co_enter(pool, co);
+    TCPSRV__TSAN_FROM(loop->stacks->main_fiber);
+    tcpsrv__co_enter(loop->stacks, co);
+    loop = source->loop; /* not kept over the switch */
     if (!TCPSRV__LIKELY(!loop->errand)) tcpsrv__co_errands(loop);
     loop->current = NULL;
 }
 
 static TCPSRV__NOINLINE void tcpsrv__co_resume(tcpsrv__source *source) {
-    tcpsrv__co_resume_here(source->loop, TCPSRV__CONTAINER(tcpsrv__co, source, source));
+    tcpsrv__co_resume_here(source, TCPSRV__CONTAINER(tcpsrv__co, source, source));
 }
 
 /* The loop is being freed: it unwinds, each further wait refused; one that does not want to end is
@@ -4331,8 +4353,8 @@ static void tcpsrv__wait_on(const tcpsrv__waiter *waiter) {
     (void)waiter;
 }
 
-static void tcpsrv__co_resume_here(tcpsrv_loop *loop, tcpsrv__co *co) {
-    (void)loop, (void)co;
+static void tcpsrv__co_resume_here(const tcpsrv__source *source, tcpsrv__co *co) {
+    (void)source, (void)co;
 }
 
 static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
@@ -4574,6 +4596,7 @@ static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
     int i;
     tcpsrv__free(loop->inbox);
     tcpsrv__free(loop->outbox);
+    if (loop->spent) tcpsrv__block_give(loop, loop->spent);
     for (i = 0; i < TCPSRV__CLASSES; i++) {
         while (loop->pool[i]) {
             tcpsrv__block *block = loop->pool[i];
@@ -4877,7 +4900,8 @@ struct tcpsrv_stream { /* what is used most comes first: there instructions are 
     uint32_t charged;               /* what it holds, in units */
     tcpsrv_read_fn *read_fn;        /* NULL: no read waits */
     tcpsrv_extent want;
-    size_t progress;                /* bytes searched, or filled, or the length that is awaited */
+    size_t progress;                /* bytes searched, or filled, or the length that is awaited;
+                                       0 while no read waits */
     size_t want_last;               /* the most bytes that may be, less one; SIZE_MAX: default */
     void *want_memory, *read_arg, *user;
     uint32_t since;                 /* the turn since when it holds something */
@@ -5169,8 +5193,20 @@ static TCPSRV__APART void tcpsrv__uncork(const tcpsrv_stream *stream) {
     if (stream->source.loop->corked == stream) tcpsrv__uncork_now(stream->source.loop);
 }
 
+/* A corked stream's input that is given up stays until what leaves from it has left. */
+static TCPSRV__APART void tcpsrv__input_spend(tcpsrv_loop *loop, const tcpsrv_stream *stream) {
+    if (loop->spent) {
+        tcpsrv__gather(stream);
+        tcpsrv__block_give(loop, loop->spent);
+    }
+    loop->spent = stream->in;
+    loop->has_boxes = 0;
+}
+
 /* Where one is missing the next event goes the long way, which makes it. */
 static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
+    if (loop->spent) tcpsrv__block_give(loop, loop->spent);
+    loop->spent = NULL;
     if (!loop->inbox) {
         loop->inbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
         if (loop->inbox) loop->inbox->pool = TCPSRV__POOL_INBOX;
@@ -5219,9 +5255,10 @@ static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
 /* ---- life ------------------------------------------------------------------------------------ */
 
 static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
-    if (stream->in) {
-        tcpsrv__gather(stream);
-        tcpsrv__block_give(stream->source.loop, stream->in);
+    tcpsrv_loop *loop = stream->source.loop;
+    if (stream->in && stream->in->pool >= TCPSRV__POOL_NONE) {
+        if (loop->corked == stream) tcpsrv__input_spend(loop, stream);
+        else tcpsrv__block_give(loop, stream->in);
     }
     stream->in = NULL;
     stream->viewed = 0;
@@ -5619,6 +5656,7 @@ static TCPSRV__APART void tcpsrv__view(tcpsrv_stream *stream, size_t size, tcpsr
     bytes->data = in->data + in->begin;
     bytes->size = size;
     in->begin += size;
+    stream->progress = 0;
 }
 
 /* What the buffer has goes to the caller's memory before anything is received there. */
@@ -5645,7 +5683,9 @@ static TCPSRV__APART int tcpsrv__read_match_other(tcpsrv_stream *stream, int *er
         tcpsrv__into_from_buffer(stream);
         bytes->data = (const char *)stream->want_memory;
         bytes->size = stream->progress;
-        return stream->progress == stream->want.size;
+        if (stream->progress < stream->want.size) return 0;
+        stream->progress = 0;
+        return 1;
     }
     n = tcpsrv__match(stream, &empty);
     if (n > 0) tcpsrv__view(stream, (size_t)n, bytes);
@@ -5710,8 +5750,8 @@ static TCPSRV__COLD void tcpsrv__read_put_back(tcpsrv_stream *stream) {
             stream->eof = 0; /* not all of it is here any more */
             tcpsrv__die(stream, -ENOMEM);
         }
-        stream->progress = 0;
     }
+    stream->progress = 0;
     if (stream->in) tcpsrv__input_trim(stream);
 }
 
@@ -5799,7 +5839,6 @@ static TCPSRV__NOINLINE int tcpsrv__read_begin(tcpsrv_stream *stream, const tcps
     stream->want = want->extent;
     stream->want_last = want->max - 1;
     stream->want_memory = want->memory;
-    stream->progress = 0;
     stream->read_fn = fn;
     stream->read_arg = arg;
     return TCPSRV__LIKELY(!stream->extra) ? 0 : tcpsrv__read_deadline(stream);
@@ -5843,7 +5882,6 @@ TCPSRV_FAST int tcpsrv_read(tcpsrv_stream *stream, tcpsrv_want want, tcpsrv_read
     }
     stream->want_last = want.max - 1;
     stream->want_memory = want.memory;
-    stream->progress = 0;
     stream->read_fn = fn;
     stream->read_arg = arg;
     return 0;
@@ -6341,6 +6379,7 @@ static TCPSRV__APART void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__
     stream->in = size ? block : NULL;
     tcpsrv__input_step(stream);
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
+    if (!loop->has_boxes) tcpsrv__boxes_make(loop);
 }
 
 /* Nothing came, or as much as there was room for. */
@@ -6445,8 +6484,8 @@ static TCPSRV__NOINLINE void tcpsrv__serve_coroutine(tcpsrv_stream *stream, tcps
     stream->spoke = 1;
     stream->read_fn = NULL;
     wait->waiter.result = 0;
-    tcpsrv__co_resume_here(loop, wait->waiter.co);
-    loop = stream->source.loop; /* not kept over the switch */
+    tcpsrv__co_resume_here(&stream->source, wait->waiter.co);
+    loop = stream->source.loop;
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
     return;
 long_way:
@@ -6810,7 +6849,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
     size_t size = tcpsrv__block_size(in), found = 0;
     int is_here = 0;
     if (stream->burst < TCPSRV__BURST && in->capacity - in->end >= TCPSRV__FIND_BEHIND &&
-        (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, size)))
+        (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, in->end)))
         is_here = tcpsrv__find_char(data, *delimiter, size, &found);
     if (!is_here || found > max - 1 || found >= stream->owner->options.max_buffer_size)
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
@@ -6831,7 +6870,6 @@ static TCPSRV__NOINLINE int tcpsrv__await_line(tcpsrv_stream *stream, const char
     stream->burst = 0;
     stream->want_last = max - 1;
     stream->want_memory = (void *)(uintptr_t)delimiter;
-    stream->progress = 0;
     stream->read_fn = tcpsrv__await_done;
     stream->read_arg = wait;
     wait->bytes = bytes;
@@ -6851,9 +6889,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_char(tcpsrv_stream *stream, const char
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     if (!in) return tcpsrv__await_line(stream, delimiter, max, bytes);
     if (in->begin != in->end) return tcpsrv__await_buffered(stream, delimiter, max, bytes);
-    stream->viewed = 0;
-    if (in->pool == TCPSRV__POOL_HOME) stream->in = NULL; /* what is to leave from it stays */
-    else tcpsrv__input_give_up(stream);
+    tcpsrv__input_give_up(stream);
     return tcpsrv__await_line(stream, delimiter, max, bytes);
 }
 
