@@ -5193,16 +5193,6 @@ static TCPSRV__APART void tcpsrv__uncork(const tcpsrv_stream *stream) {
     if (stream->source.loop->corked == stream) tcpsrv__uncork_now(stream->source.loop);
 }
 
-/* A corked stream's input that is given up stays until what leaves from it has left. */
-static TCPSRV__APART void tcpsrv__input_spend(tcpsrv_loop *loop, const tcpsrv_stream *stream) {
-    if (loop->spent) {
-        tcpsrv__gather(stream);
-        tcpsrv__block_give(loop, loop->spent);
-    }
-    loop->spent = stream->in;
-    loop->has_boxes = 0;
-}
-
 /* Where one is missing the next event goes the long way, which makes it. */
 static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
     if (loop->spent) tcpsrv__block_give(loop, loop->spent);
@@ -5254,11 +5244,18 @@ static TCPSRV__COLD int tcpsrv__must_not_grow(const tcpsrv_stream *stream) {
 
 /* ---- life ------------------------------------------------------------------------------------ */
 
+/* A corked stream's block stays until what leaves from it has left. */
 static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
     tcpsrv_loop *loop = stream->source.loop;
-    if (stream->in && stream->in->pool >= TCPSRV__POOL_NONE) {
-        if (loop->corked == stream) tcpsrv__input_spend(loop, stream);
-        else tcpsrv__block_give(loop, stream->in);
+    tcpsrv__block *in = stream->in;
+    if (in && in->pool >= TCPSRV__POOL_NONE) {
+        if (loop->corked == stream && !loop->spent) {
+            loop->spent = in;
+            loop->has_boxes = 0;
+        } else {
+            tcpsrv__gather(stream);
+            tcpsrv__block_give(loop, in);
+        }
     }
     stream->in = NULL;
     stream->viewed = 0;
