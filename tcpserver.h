@@ -1043,7 +1043,6 @@ typedef int tcpsrv__iovlen;
 
 #if defined(__GNUC__)
 #define TCPSRV__LIKELY(x) __builtin_expect(!!(x), 1)
-#define TCPSRV__PREFETCH(address) __builtin_prefetch((const void *)(address))
 #define TCPSRV__INLINE static inline __attribute__((always_inline)) /* on every message's path, */
                        /* or shorter than a function of its own with its calls */
 #define TCPSRV__NOINLINE __attribute__((noinline))
@@ -1052,7 +1051,6 @@ typedef int tcpsrv__iovlen;
 #define TCPSRV__COPIES __attribute__((hot)) /* except this, whose copies would go byte by byte */
 #else
 #define TCPSRV__LIKELY(x) (x)
-#define TCPSRV__PREFETCH(address) ((void)(address))
 #define TCPSRV__INLINE static
 #define TCPSRV__NOINLINE
 #define TCPSRV__UNUSED
@@ -2957,7 +2955,6 @@ struct tcpsrv_loop {
     char *out_at;               /* to here, */
     int has_boxes;
     size_t out_room;            /* with so many bytes free behind */
-    tcpsrv__block *spent;       /* was input; what leaves from it may not have left yet */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     tcpsrv__slot *slots;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
@@ -2976,6 +2973,7 @@ struct tcpsrv_loop {
     int untold;                 /* more to tell: the next turn comes within TCPSRV__TELL_MS */
     long pid;
     char *mark;                 /* gone in a forked child; NULL: the pid tells */
+    tcpsrv__block *spent;       /* was input; what leaves from it may not have left yet */
     tcpsrv__block *pool[TCPSRV__CLASSES]; /* of blocks, the last one given back first, >>buffer */
     unsigned pool_count[TCPSRV__CLASSES];
     void *links;                /* what a transport keeps for its streams */
@@ -3618,29 +3616,11 @@ static const tcpsrv__class tcpsrv__wake_class = {
     tcpsrv__wake_event, NULL, NULL, NULL, 0, 0
 };
 
-enum {
-    TCPSRV__CACHED = 64,        /* streams at least, of those that are busy */
-    TCPSRV__AHEAD = 2,          /* events, fetching */
-    TCPSRV__FETCHED = 512       /* bytes on either side of a source's beginning */
-};
-
-/* Fetches what an event is for into the processor's caches: a coroutine's stack above all. */
-static TCPSRV__APART void tcpsrv__fetch_ahead(const tcpsrv_loop *loop, int event) {
-    uintptr_t at, end;
-    int64_t id;
-    tcpsrv__poller_event(&loop->poller, event, &id);
-    at = (uintptr_t)loop->slots[(uint64_t)id & 0xffffffffu].source;
-    for (end = at + TCPSRV__FETCHED, at -= TCPSRV__FETCHED; at < end; at += 64) TCPSRV__PREFETCH(at);
-}
-
-/* Where more are ready than caches hold, each is fetched while the kernel works for those before. */
 static void tcpsrv__run_events(tcpsrv_loop *loop, int count) {
-    int fetching = count > TCPSRV__CACHED ? count - TCPSRV__AHEAD : 0;
     tcpsrv__source *source;
     int64_t id;
     int i, events;
     for (i = 0; i < count; i++) {
-        if (i < fetching) tcpsrv__fetch_ahead(loop, i + TCPSRV__AHEAD);
         events = tcpsrv__poller_event(&loop->poller, i, &id);
         source = tcpsrv__source_told(loop, id);
         if (!source) continue;
