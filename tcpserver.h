@@ -4576,7 +4576,7 @@ static void tcpsrv__blocks_free(tcpsrv_loop *loop) {
     int i;
     tcpsrv__free(loop->inbox);
     tcpsrv__free(loop->outbox);
-    if (loop->spent) tcpsrv__block_give(loop, loop->spent);
+    tcpsrv__free(loop->spent);
     for (i = 0; i < TCPSRV__CLASSES; i++) {
         while (loop->pool[i]) {
             tcpsrv__block *block = loop->pool[i];
@@ -5175,6 +5175,7 @@ static TCPSRV__APART void tcpsrv__uncork(const tcpsrv_stream *stream) {
 
 /* Where one is missing the next event goes the long way, which makes it. */
 static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
+    if (loop->has_boxes) return;
     if (loop->spent) tcpsrv__block_give(loop, loop->spent);
     loop->spent = NULL;
     if (!loop->inbox) {
@@ -5871,7 +5872,7 @@ TCPSRV_IMPL void tcpsrv_cancel_read(tcpsrv_stream *stream) {
     tcpsrv__make_ready(&stream->source);
 }
 
-TCPSRV_HOT size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) {
+TCPSRV_IMPL size_t tcpsrv_peek(const tcpsrv_stream *stream, tcpsrv_bytes *bytes) {
     int any = stream->in && !stream->read_fn;
     bytes->data = any ? stream->in->data + stream->in->begin : "";
     bytes->size = any ? tcpsrv__block_size(stream->in) : 0;
@@ -6304,7 +6305,7 @@ static TCPSRV__COLD void tcpsrv__error_told(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__APART void tcpsrv__stream_told(tcpsrv_stream *stream, int events) {
-    if (!stream->source.loop->has_boxes) tcpsrv__boxes_make(stream->source.loop);
+    tcpsrv__boxes_make(stream->source.loop);
     if (stream->dead) return;
     if (events & TCPSRV__EVENT_READ) stream->readable = 1;
     if (events & (TCPSRV__EVENT_END | TCPSRV__EVENT_ERROR)) stream->ended = 1;
@@ -6356,7 +6357,7 @@ static TCPSRV__APART void tcpsrv__serve_long_way(tcpsrv_stream *stream, tcpsrv__
     stream->in = size ? block : NULL;
     tcpsrv__input_step(stream);
     if (loop->corked == stream) tcpsrv__uncork_send(loop, stream);
-    if (!loop->has_boxes) tcpsrv__boxes_make(loop);
+    tcpsrv__boxes_make(loop);
 }
 
 /* Nothing came, or as much as there was room for. */
