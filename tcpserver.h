@@ -1280,9 +1280,10 @@ static size_t tcpsrv__sys_descriptor_limit(void) {
     return (size_t)limit.rlim_cur;
 }
 
+/* Of a pipe too, which recv refuses. */
 static TCPSRV__NOINLINE long tcpsrv__sys_receive_again(int fd, void *memory, size_t size) {
     ssize_t n = -1;
-    while (n < 0 && errno == EINTR) n = read(fd, memory, size);
+    while (n < 0 && (errno == EINTR || errno == ENOTSOCK)) n = read(fd, memory, size);
     return n < 0 ? tcpsrv__failed() : (long)n;
 }
 
@@ -1330,9 +1331,10 @@ TCPSRV__INLINE int tcpsrv__find_char(const char *data, char c, size_t size, size
     return TCPSRV__LIKELY(bits) || *at < size;
 }
 
-/* Once: for a caller who tests for the usual result first, and leaves one below 0 to again. */
+/* The kernel has less to do for recv than for read. Once: for a caller who tests for the usual
+   result first, and leaves one below 0 to again. */
 TCPSRV__INLINE long tcpsrv__sys_receive_once(int fd, void *memory, size_t size) {
-    return (long)read(fd, memory, size);
+    return (long)recv(fd, memory, size, 0);
 }
 
 TCPSRV__INLINE long tcpsrv__sys_receive(int fd, void *memory, size_t size) {
@@ -1358,7 +1360,7 @@ static long tcpsrv__sys_send_one(int fd, const void *memory, size_t size) {
 static long tcpsrv__sys_readv(int fd, const struct iovec *pieces, int count) {
     ssize_t n;
     do
-        n = count == 1 ? read(fd, pieces[0].iov_base, pieces[0].iov_len) : readv(fd, pieces, count);
+        n = readv(fd, pieces, count);
     while (n < 0 && errno == EINTR);
     return n < 0 ? tcpsrv__failed() : (long)n;
 }
@@ -6711,7 +6713,7 @@ TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address
     return 0;
 }
 
-TCPSRV_HOT int tcpsrv_fd(const tcpsrv_stream *stream) {
+TCPSRV_IMPL int tcpsrv_fd(const tcpsrv_stream *stream) {
     return stream->source.fd;
 }
 
@@ -6719,7 +6721,7 @@ TCPSRV_HOT void *tcpsrv_user(const tcpsrv_stream *stream) {
     return stream->user;
 }
 
-TCPSRV_HOT void tcpsrv_set_user(tcpsrv_stream *stream, void *user) {
+TCPSRV_IMPL void tcpsrv_set_user(tcpsrv_stream *stream, void *user) {
     stream->user = user;
 }
 
@@ -6727,7 +6729,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream) {
     return stream->source.loop;
 }
 
-TCPSRV_HOT int64_t tcpsrv_id(const tcpsrv_stream *stream) {
+TCPSRV_IMPL int64_t tcpsrv_id(const tcpsrv_stream *stream) {
     return stream->source.id;
 }
 
@@ -9045,12 +9047,8 @@ static int tcpsrv__link_feed_held(tcpsrv__link *link, tcpsrv__link_call *call) {
 
 /* One read, fed to the engine; what that does not take is kept. As a read's own result. */
 static long tcpsrv__link_feed_read(tcpsrv__link *link, tcpsrv__link_call *call) {
-    struct iovec piece;
     size_t taken;
-    long n;
-    piece.iov_base = link->links->cipher;
-    piece.iov_len = TCPSRV__CIPHER_SIZE;
-    n = tcpsrv__sys_readv(call->stream->source.fd, &piece, 1);
+    long n = tcpsrv__sys_receive(call->stream->source.fd, link->links->cipher, TCPSRV__CIPHER_SIZE);
     link->dry = n < TCPSRV__CIPHER_SIZE && !call->stream->ended && !link->deep;
     if (n <= 0) return n;
     taken = tcpsrv__link_feed(link, call, (const char *)link->links->cipher, (size_t)n);

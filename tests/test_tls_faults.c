@@ -58,6 +58,11 @@ static ssize_t net_read(int fd, void *memory, size_t size) {
     return n < 0 ? n : read(fd, memory, (size_t)n);
 }
 
+static ssize_t net_recv(int fd, void *memory, size_t size, int flags) {
+    ssize_t n = net_allows(fd, size);
+    return n < 0 ? n : recv(fd, memory, (size_t)n, flags);
+}
+
 static ssize_t net_send(int fd, const void *memory, size_t size, int flags) {
     ssize_t n = net_allows(fd, size);
     return n < 0 ? n : send(fd, memory, (size_t)n, flags);
@@ -79,6 +84,7 @@ static ssize_t net_sendmsg(int fd, const struct msghdr *message, int flags) {
 }
 
 #define read(fd, memory, size) net_read(fd, memory, size)
+#define recv(fd, memory, size, flags) net_recv(fd, memory, size, flags)
 #define send(fd, memory, size, flags) net_send(fd, memory, size, flags)
 #define readv(fd, pieces, count) net_readv(fd, pieces, count)
 #define sendmsg(fd, message, flags) net_sendmsg(fd, message, flags)

@@ -32,6 +32,7 @@ static void let_fail(int call, int times, int code) {
 }
 
 #define read(fd, bytes, size) (fails(CALL_READ) ? -1 : read(fd, bytes, size))
+#define recv(fd, bytes, size, flags) (fails(CALL_READ) ? -1 : recv(fd, bytes, size, flags))
 #define readv(fd, pieces, n) (fails(CALL_READ) ? -1 : readv(fd, pieces, n))
 #define send(fd, bytes, size, flags) (fails(CALL_SEND) ? -1 : send(fd, bytes, size, flags))
 #define sendmsg(fd, message, flags) (fails(CALL_SEND) ? -1 : sendmsg(fd, message, flags))

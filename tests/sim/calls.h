@@ -25,6 +25,7 @@
 #define shutdown(fd, how) sim_shutdown(fd, how)
 #define close(fd) sim_close(fd)
 #define read(fd, memory, size) sim_read(fd, memory, size)
+#define recv(fd, memory, size, flags) ((void)(flags), sim_recv(fd, memory, size))
 #define readv(fd, pieces, count) sim_readv(fd, pieces, count)
 #define write(fd, data, size) sim_write(fd, data, size)
 #define writev(fd, pieces, count) sim_sendv(fd, pieces, count, 0, CALL_WRITEV)

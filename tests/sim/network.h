@@ -686,6 +686,11 @@ SIM_PRIVATE ssize_t sim_read(int fd, void *memory, size_t size) {
     return sim_readv(fd, &piece, 1);
 }
 
+SIM_PRIVATE ssize_t sim_recv(int fd, void *memory, size_t size) {
+    if (sim_object_at(fd, CALL_READ)->kind != SIM_SOCKET) return sim_fail(ENOTSOCK);
+    return sim_read(fd, memory, size);
+}
+
 /* ---- writing --------------------------------------------------------------------------------- */
 
 /* SIGPIPE never reaches the program: raised where it is not blocked, it would end it. */
