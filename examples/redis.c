@@ -284,10 +284,9 @@ static int reply_number(client *c, char type, int64_t number) {
 }
 
 static int reply_bulk(client *c, tcpsrv_bytes bulk) {
-    char header[32];
-    tcpsrv_bytes pieces[3] = { { header, 0 }, bulk, { "\r\n", 2 } };
-    pieces[0].size = put_header(header, '$', (int64_t)bulk.size);
-    return tcpsrv_writev(c->stream, pieces, 3);
+    int err = reply_number(c, '$', (int64_t)bulk.size);
+    if (!err) err = tcpsrv_write(c->stream, bulk.data, bulk.size);
+    return err ? err : reply(c, "\r\n");
 }
 
 /* The value of a held entry, or nil; lets go of it. */
