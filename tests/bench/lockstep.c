@@ -6,6 +6,7 @@
  * lockstep PORT PID keep CONNECTIONS SIZE DEPTH ROUNDS: bursts of DEPTH lines of SIZE bytes.
  * lockstep PORT PID peer SIZE ROUNDS, lockstep PORT PID server SIZE ROUNDS: connect, one line,
  * close; the client closes first, or waits for the server's end.
+ * lockstep PORT PID talk CONNECTIONS DEPTH ROUNDS REQUEST REPLY: bursts of DEPTH of that request.
  */
 #include "../tools/tool.h"
 #include <dirent.h>
@@ -61,11 +62,14 @@ static char *make_burst(size_t size, size_t depth) {
     return burst;
 }
 
-static int keep(int port, char **arg) {
-    long connections = atol(arg[0]), rounds = atol(arg[3]), i;
-    size_t size = strtoul(arg[1], NULL, 10), depth = strtoul(arg[2], NULL, 10);
-    char *burst = make_burst(size, depth);
+typedef struct text {
+    char *data;
+    size_t size;
+} text;
+
+static void in_rounds(int port, long connections, long rounds, const text *burst) {
     int *fds = malloc((size_t)connections * sizeof *fds);
+    long i;
     if (!fds) tool_fail("malloc");
     for (i = 0; i < connections; i++) {
         if (i % (1 + connections / 100) == 0) settle();
@@ -73,13 +77,43 @@ static int keep(int port, char **arg) {
     }
     while (rounds--) {
         settle();
-        for (i = 0; i < connections; i++) tool_send(fds[i], burst, size * depth);
-        for (i = 0; i < connections; i++) tool_expect(fds[i], burst, size * depth);
+        for (i = 0; i < connections; i++) tool_send(fds[i], burst[0].data, burst[0].size);
+        for (i = 0; i < connections; i++) tool_expect(fds[i], burst[1].data, burst[1].size);
     }
     settle();
     kill(server, SIGTERM); /* before the connections end, whose number would be left to chance */
     free(fds);
-    free(burst);
+}
+
+static int keep(int port, char **arg) {
+    size_t size = strtoul(arg[1], NULL, 10), depth = strtoul(arg[2], NULL, 10);
+    text burst[2]; /* there and back */
+    burst[0].data = make_burst(size, depth);
+    burst[0].size = size * depth;
+    burst[1] = burst[0];
+    in_rounds(port, atol(arg[0]), atol(arg[3]), burst);
+    free(burst[0].data);
+    return 0;
+}
+
+static text repeated(const char *once, size_t depth) {
+    text all;
+    size_t size = strlen(once), i;
+    all.size = size * depth;
+    all.data = malloc(all.size);
+    if (!all.data) tool_fail("malloc");
+    for (i = 0; i < depth; i++) memcpy(all.data + i * size, once, size);
+    return all;
+}
+
+static int talk(int port, char **arg) {
+    size_t depth = strtoul(arg[1], NULL, 10);
+    text burst[2];
+    burst[0] = repeated(arg[3], depth);
+    burst[1] = repeated(arg[4], depth);
+    in_rounds(port, atol(arg[0]), atol(arg[2]), burst);
+    free(burst[0].data);
+    free(burst[1].data);
     return 0;
 }
 
@@ -114,5 +148,6 @@ int main(int argc, char **argv) {
     if (argc == 8 && strcmp(argv[3], "keep") == 0) return keep(port, argv + 4);
     if (argc == 6 && strcmp(argv[3], "peer") == 0) return churn(port, 0, argv + 4);
     if (argc == 6 && strcmp(argv[3], "server") == 0) return churn(port, 1, argv + 4);
+    if (argc == 9 && strcmp(argv[3], "talk") == 0) return talk(port, argv + 4);
     return 2;
 }
