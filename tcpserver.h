@@ -1390,7 +1390,6 @@ static void tcpsrv__sigpipe_block(tcpsrv__sigpipe *guard) {
     sigset_t pending;
     sigemptyset(&guard->mask);
     sigaddset(&guard->mask, SIGPIPE);
-    sigemptyset(&pending);
     pthread_sigmask(SIG_BLOCK, &guard->mask, &guard->before);
     guard->was_pending = sigismember(&guard->before, SIGPIPE) == 1 && /* else it would be here */
                          sigpending(&pending) == 0 && sigismember(&pending, SIGPIPE) == 1;
@@ -1399,7 +1398,6 @@ static void tcpsrv__sigpipe_block(tcpsrv__sigpipe *guard) {
 static void tcpsrv__sigpipe_restore(tcpsrv__sigpipe *guard, int raised) {
     sigset_t pending;
     int signo, saved = errno;
-    sigemptyset(&pending);
     if (raised && !guard->was_pending && sigpending(&pending) == 0 &&
         sigismember(&pending, SIGPIPE) == 1)
         sigwait(&guard->mask, &signo);
@@ -4217,7 +4215,7 @@ TCPSRV_IMPL int64_t tcpsrv_spawn(tcpsrv_loop *loop, int (*fn)(void *arg), void *
     return co->source.id;
 }
 
-static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
     waiter->result = TCPSRV_ECANCELED;
 }
 
@@ -4339,7 +4337,7 @@ static void tcpsrv__co_resume_here(const tcpsrv__source *source, tcpsrv__co *co)
     (void)source, (void)co;
 }
 
-static void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
+static TCPSRV__COLD void tcpsrv__cancel_plain(tcpsrv__waiter *waiter) {
     tcpsrv__waiter_done(waiter, TCPSRV_ECANCELED);
 }
 
@@ -6015,7 +6013,7 @@ typedef struct tcpsrv__write_wait {
     tcpsrv_stream *stream;
 } tcpsrv__write_wait;
 
-static void tcpsrv__write_done(tcpsrv__block *block, int result) {
+static TCPSRV__COLD void tcpsrv__write_done(tcpsrv__block *block, int result) {
     tcpsrv__waiter_done(&TCPSRV__CONTAINER(tcpsrv__write_wait, block, block)->waiter, result);
 }
 
@@ -6713,7 +6711,7 @@ TCPSRV_IMPL int tcpsrv_peer(const tcpsrv_stream *stream, tcpsrv_address *address
     return 0;
 }
 
-TCPSRV_IMPL int tcpsrv_fd(const tcpsrv_stream *stream) {
+TCPSRV_HOT int tcpsrv_fd(const tcpsrv_stream *stream) {
     return stream->source.fd;
 }
 
@@ -6729,7 +6727,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_stream_loop(const tcpsrv_stream *stream) {
     return stream->source.loop;
 }
 
-TCPSRV_IMPL int64_t tcpsrv_id(const tcpsrv_stream *stream) {
+TCPSRV_HOT int64_t tcpsrv_id(const tcpsrv_stream *stream) {
     return stream->source.id;
 }
 
