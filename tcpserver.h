@@ -9804,6 +9804,16 @@ static void tcpsrv__close_all(const int *fds, int count) {
     while (count > 0) tcpsrv__sys_close(fds[--count]);
 }
 
+/* A list grows by so many; without memory it is as before. */
+static TCPSRV__COLD int tcpsrv__fds_add(int **list, int *count, const int *fds, int more) {
+    int *grown = (int *)TCPSERVER_REALLOC(*list, (size_t)(*count + more) * sizeof *grown);
+    if (!grown) return -ENOMEM;
+    memcpy(grown + *count, fds, (size_t)more * sizeof *grown);
+    *list = grown;
+    *count += more;
+    return 0;
+}
+
 /* One try to bind them all; 0 stands for any port, the same for all. */
 static int tcpsrv__bind_names(tcpsrv__lookup *lookup, const tcpsrv_bind_options *options,
                               int *fds, int max) {
@@ -11664,20 +11674,13 @@ TCPSRV_IMPL int tcpsrv_add_sockets(tcpsrv *server, const int *fds, int count) {
 
 TCPSRV_IMPL int tcpsrv_bind(tcpsrv *server, int port, const char *address,
                             const tcpsrv_bind_options *options) {
-    int fds[TCPSRV__MAX_ADDRESSES], *grown;
+    int fds[TCPSRV__MAX_ADDRESSES];
     int n = tcpsrv_bind_sockets(port, address, options, fds, TCPSRV__MAX_ADDRESSES);
     if (n < 0) return n;
     if (server->started) return tcpsrv_add_sockets(server, fds, n);
-    grown = (int *)TCPSERVER_REALLOC(server->bound,
-                                     (size_t)(server->bound_count + n) * sizeof *grown);
-    if (!grown) {
-        tcpsrv__close_all(fds, n);
-        return tcpsrv__fail(-ENOMEM, "bind", address);
-    }
-    memcpy(grown + server->bound_count, fds, (size_t)n * sizeof *grown);
-    server->bound = grown;
-    server->bound_count += n;
-    return 0;
+    if (tcpsrv__fds_add(&server->bound, &server->bound_count, fds, n) == 0) return 0;
+    tcpsrv__close_all(fds, n);
+    return tcpsrv__fail(-ENOMEM, "bind", address);
 }
 
 static int tcpsrv__fork_family(int num_processes, int max_restarts, const tcpsrv_options *options);
@@ -12330,26 +12333,25 @@ static const tcpsrv__class tcpsrv__upgrade_class = {
     tcpsrv__upgrade_words, NULL, tcpsrv__upgrade_end, NULL, sizeof(tcpsrv__upgrade), 0
 };
 
-/* The loop's listening sockets, in the order in which they were added; NULL: none, or no memory. */
-static TCPSRV__COLD int *tcpsrv__loop_listeners(const tcpsrv_loop *loop, int *count) {
+/* It gets the loop's listening sockets, in the order in which they were added. */
+static TCPSRV__COLD int tcpsrv__loop_listeners(const tcpsrv_loop *loop,
+                                               tcpsrv__successor *successor) {
     const tcpsrv__listener *listener;
     const tcpsrv *server;
-    int *fds, n = 0;
+    int err = 0;
     for (server = loop->servers; server; server = server->next)
-        for (listener = server->listeners; listener; listener = listener->next) n++;
-    fds = n ? (int *)tcpsrv__alloc((size_t)n * sizeof *fds) : NULL;
-    *count = 0;
-    for (server = fds ? loop->servers : NULL; server; server = server->next)
-        for (listener = server->listeners; listener; listener = listener->next)
-            fds[(*count)++] = listener->source.fd;
-    return fds;
+        for (listener = server->listeners; listener && !err; listener = listener->next)
+            err = tcpsrv__fds_add(&successor->fds, &successor->count, &listener->source.fd, 1);
+    return err || successor->count ? err : -ENOENT;
 }
 
 /* Whatever can fail comes before the successor runs, but for what only tells of its end. */
 static TCPSRV__COLD int tcpsrv__upgrade_begin(tcpsrv__upgrade *upgrade, char *const *argv) {
     tcpsrv_loop *loop = upgrade->source.loop;
     tcpsrv__successor *successor = &upgrade->successor;
-    int err = tcpsrv__successor_listen(successor);
+    int err = tcpsrv__loop_listeners(loop, successor);
+    if (err) return tcpsrv__fail(err, "upgrade", argv[0]);
+    err = tcpsrv__successor_listen(successor);
     if (err) return tcpsrv__fail(err, "upgrade", successor->place);
     upgrade->source.fd = successor->words_fd;
     err = tcpsrv__timer_arm(loop, &upgrade->timer,
@@ -12373,7 +12375,6 @@ TCPSRV_IMPL int tcpsrv_upgrade(char *const *argv, int64_t drain_ms) {
     tcpsrv_loop *loop = tcpsrv__loop_here();
     tcpsrv__upgrade *upgrade = NULL;
     int err = loop ? tcpsrv__upgrade_allowed(loop, argv) : tcpsrv__thread()->error;
-    if (!err && !loop->servers) err = -ENOENT;
     if (!err) upgrade = (tcpsrv__upgrade *)tcpsrv__source_new(&tcpsrv__upgrade_class, loop, -1,
                                                               &err);
     if (!upgrade) return tcpsrv__fail(err, "upgrade", argv ? argv[0] : NULL);
@@ -12381,9 +12382,7 @@ TCPSRV_IMPL int tcpsrv_upgrade(char *const *argv, int64_t drain_ms) {
     upgrade->drain_ms = drain_ms;
     upgrade->timer.fire = tcpsrv__upgrade_fire;
     upgrade->exit_fd = upgrade->successor.words_fd = -1;
-    upgrade->successor.fds = tcpsrv__loop_listeners(loop, &upgrade->successor.count);
-    err = upgrade->successor.fds ? tcpsrv__upgrade_begin(upgrade, argv)
-                                 : tcpsrv__fail(-ENOENT, "upgrade", argv[0]);
+    err = tcpsrv__upgrade_begin(upgrade, argv);
     if (err) tcpsrv__upgrade_end(&upgrade->source);
     return err;
 }
@@ -12804,21 +12803,14 @@ static TCPSRV__COLD int tcpsrv__family_reload(tcpsrv__family *family) {
 
 /* ---- upgrade of the parent ------------------------------------------------------------------- */
 
-/* All that the parent has was made for the children; NULL: none, or no memory. */
-static TCPSRV__COLD int *tcpsrv__parent_listeners(int *count) {
-    int *fds = NULL, fd, n, limit = TCPSRV__MOST_LISTENERS_AT, pass;
-    if (tcpsrv__sys_descriptor_limit() < (size_t)limit)
-        limit = (int)tcpsrv__sys_descriptor_limit();
-    for (pass = n = 0; pass < 2 && (pass == 0 || fds); pass++) {
-        for (n = fd = 0; fd < limit; fd++) {
-            if (tcpsrv__sys_listens(fd) != 0) continue;
-            if (fds) fds[n] = fd;
-            n++;
-        }
-        if (!pass && n) fds = (int *)tcpsrv__alloc((size_t)n * sizeof *fds);
-    }
-    *count = n;
-    return fds;
+/* All that the parent has was made for the children. */
+static TCPSRV__COLD int tcpsrv__parent_listeners(tcpsrv__successor *successor) {
+    size_t limit = tcpsrv__sys_descriptor_limit();
+    int fd, err = 0;
+    for (fd = 0; fd < TCPSRV__MOST_LISTENERS_AT && (size_t)fd < limit && !err; fd++)
+        if (tcpsrv__sys_listens(fd) == 0)
+            err = tcpsrv__fds_add(&successor->fds, &successor->count, &fd, 1);
+    return err || successor->count ? err : -ENOENT;
 }
 
 static TCPSRV__COLD void tcpsrv__family_upgrade(tcpsrv__family *family) {
@@ -12828,8 +12820,8 @@ static TCPSRV__COLD void tcpsrv__family_upgrade(tcpsrv__family *family) {
     if (successor->pid || family->ending || !argv[0]) return;
     memset(successor, 0, sizeof *successor);
     successor->words_fd = -1;
-    successor->fds = tcpsrv__parent_listeners(&successor->count);
-    err = successor->fds ? tcpsrv__successor_listen(successor) : -ENOENT;
+    err = tcpsrv__parent_listeners(successor);
+    if (!err) err = tcpsrv__successor_listen(successor);
     if (!err) err = tcpsrv__successor_start(successor, argv);
     if (!err) return;
     successor->pid = 0;
