@@ -72,6 +72,20 @@ TEST_PRIVATE int test_listener(struct sockaddr_in *address) {
     return fd;
 }
 
+/* A blocking socket from 127.0.0.host to that port here. */
+TEST_PRIVATE int test_client(int host, int port) {
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(0x7f000000u + (unsigned)host);
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) != 0) abort();
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    address.sin_port = htons((uint16_t)port);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address) != 0) abort();
+    return fd;
+}
+
 /* A connected pair of non-blocking loopback TCP sockets. 0, or -errno and no descriptors. */
 TEST_PRIVATE int test_pair(int fds[2]) {
     struct sockaddr_in address;

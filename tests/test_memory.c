@@ -85,14 +85,7 @@ static tcpsrv_stats stats(void) {
 }
 
 static int client(void) {
-    struct sockaddr_in address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons((uint16_t)tcpsrv_port(server, 0));
-    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
-    return fd;
+    return test_client(1, tcpsrv_port(server, 0));
 }
 
 /* Sends so many bytes of a message, the loop turning as long as the kernel has no room. */

@@ -65,16 +65,7 @@ static tcpsrv_stats stats(void) {
 
 /* A client at 127.0.0.host. */
 static int client(int host) {
-    struct sockaddr_in address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(0x7f000000u + (unsigned)host);
-    CHECK_INT(bind(fd, (struct sockaddr *)&address, sizeof address), 0);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons((uint16_t)tcpsrv_port(server, 0));
-    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
-    return fd;
+    return test_client(host, tcpsrv_port(server, 0));
 }
 
 static void put(int fd, const char *text) {

@@ -68,15 +68,9 @@ static void turns(int n) {
 
 /* A blocking client; its reads time out, so that a silent server fails the test. */
 static int client(int port) {
-    struct sockaddr_in address;
     struct timeval limit = { 5, 0 };
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    address.sin_port = htons((uint16_t)port);
+    int fd = test_client(1, port);
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-    CHECK_INT(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
     return fd;
 }
 
