@@ -10815,14 +10815,17 @@ struct tcpsrv {
     tcpsrv__listener *listeners;
     int *bound;                     /* sockets that wait for start */
     int bound_count;
-    int reserve_fd;
-    int started, paused, at_limit, freed, drain_over, drained_told, busy;
+    int reserve_fd;                 /* given up when descriptors have run out; -1: none */
+    int started, freed;             /* tcpsrv_free was called: goes as soon as it may */
+    int busy;                       /* calls below on the stack that still need it */
+    int paused, at_limit;           /* why nothing is accepted, besides owner.full */
+    int drain_over, drained_told;   /* its time has passed; on_drained was called */
     size_t handlers;                /* coroutines that have not returned */
-    int64_t pause_ms;
-    tcpsrv__timer pause_timer, drain_timer, memory_timer;
+    int64_t pause_ms;               /* the next pause: doubles until an accept succeeds */
+    tcpsrv__timer pause_timer, drain_timer, memory_timer; /* always armed, so that it cannot fail */
     uint64_t freed_at;              /* while it is full: when memory was freed last */
-    int full_told;
-    uint64_t drain_due;
+    int full_told;                  /* once for each time that it is full */
+    uint64_t drain_due;             /* when a drain aborts what is left */
     int64_t upgrade_call;           /* at SIGUSR2 */
     tcpsrv__drain_signal *drain_signals;
     tcpsrv__network *trusted;       /* and the text they were read from */
