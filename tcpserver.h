@@ -1323,6 +1323,13 @@ TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
 #define TCPSRV__LOWEST(bits) 0u
 #endif
 
+/* Where c is among the next 64 of so many bytes; SIZE_MAX: not there. */
+TCPSRV__INLINE size_t tcpsrv__find_char_near(const char *data, char c, size_t size) {
+    uint64_t bits = tcpsrv__find_near(data, c);
+    if (size < TCPSRV__FIND_BEHIND) bits &= ((uint64_t)1 << size) - 1;
+    return TCPSRV__LIKELY(bits) ? TCPSRV__LOWEST(bits) : SIZE_MAX;
+}
+
 /* Whether c is among so many bytes, and where. */
 TCPSRV__INLINE int tcpsrv__find_char(const char *data, char c, size_t size, size_t *at) {
     uint64_t bits = tcpsrv__find_near(data, c);
@@ -6819,23 +6826,36 @@ static TCPSRV__APART int tcpsrv__await_char_anyhow(tcpsrv_stream *stream, const 
     return tcpsrv__await_anyhow(stream, tcpsrv__want(TCPSRV__WANT_CHAR, 1, max, delimiter), bytes);
 }
 
+/* The next line of a pipeline, which is longer than what its caller looks at. */
+static TCPSRV__APART int tcpsrv__await_long(tcpsrv_stream *stream, const char *delimiter,
+                                            size_t max, tcpsrv_bytes *bytes) {
+    const tcpsrv__block *in = stream->in;
+    size_t size = tcpsrv__block_size(in);
+    size_t found = tcpsrv__find_char_within(in->data + in->begin, *delimiter, size);
+    if (found == size || found > max - 1 || found >= stream->owner->options.max_buffer_size)
+        return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
+    tcpsrv__view(stream, found + 1, bytes);
+    stream->viewed = 1;
+    stream->burst++;
+    return 0;
+}
+
 /* The next line of a pipeline, where it needs neither a wait nor a move of bytes. */
 static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const char *delimiter,
                                                    size_t max, tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
-    const char *data = in->data + in->begin;
-    size_t size = tcpsrv__block_size(in), found = 0;
-    int is_here = 0;
-    if (stream->burst < TCPSRV__BURST && in->capacity - in->end >= TCPSRV__FIND_BEHIND &&
-        (in->pool == TCPSRV__POOL_HOME || !tcpsrv__block_is_loose(in, in->end)))
-        is_here = tcpsrv__find_char(data, *delimiter, size, &found);
-    if (!is_here || found > max - 1 || found >= stream->owner->options.max_buffer_size)
+    size_t found;
+    if (stream->burst >= TCPSRV__BURST || in->capacity - in->end < TCPSRV__FIND_BEHIND ||
+        (in->pool != TCPSRV__POOL_HOME && tcpsrv__block_is_loose(in, in->end)))
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
+    found = tcpsrv__find_char_near(in->data + in->begin, *delimiter, tcpsrv__block_size(in));
+    if (found > max - 1 || found >= stream->owner->options.max_buffer_size)
+        return tcpsrv__await_long(stream, delimiter, max, bytes);
+    bytes->data = in->data + in->begin;
+    bytes->size = found + 1;
     in->begin += found + 1;
     stream->viewed = 1;
     stream->burst++;
-    bytes->data = data;
-    bytes->size = found + 1;
     return 0;
 }
 
