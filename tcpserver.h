@@ -7219,9 +7219,10 @@ struct tcpsrv_tls {
     br_ssl_client_context client;
 };
 
+/* Through a pointer that might change: no compiler sees that nobody reads what it writes. */
 static void tcpsrv__wipe(void *memory, size_t size) {
-    volatile unsigned char *at = (volatile unsigned char *)memory;
-    while (size--) *at++ = 0;
+    void *(*volatile set)(void *, int, size_t) = memset;
+    set(memory, 0, size);
 }
 
 /* Records a sentence of its own. */
@@ -8221,6 +8222,8 @@ typedef struct tcpsrv__verifier {   /* stands before BearSSL's own verification,
     } by;
 } tcpsrv__verifier;
 
+enum { TCPSRV__ALERT_SIZE = 7, TCPSRV__OWN_SIZE = 192 };
+
 typedef struct tcpsrv__engine {
     br_ssl_engine_context *core;    /* in the context below */
     tcpsrv_tls *tls;
@@ -8234,8 +8237,8 @@ typedef struct tcpsrv__engine {
     int pair;                       /* that on_sni chose; -1: the names decide */
     int refused;                    /* what the verifier found; takes effect with the record */
     unsigned char is_client, started, done, ended, resumed, speaks, asked;
-    unsigned char alert[7], alert_left;
     unsigned char ip_size, ip[16];  /* of the host, where it was given as an address */
+    unsigned char own[TCPSRV__OWN_SIZE], own_begin, own_end; /* short records that go first */
     unsigned char name[32];         /* hash of the server name that the client asked for */
     const br_ssl_server_policy_class *policy;
     const br_ssl_session_cache_class *cache;
@@ -8738,11 +8741,11 @@ static TCPSRV__COLD int tcpsrv__engine_new(tcpsrv_tls *tls, int is_client, const
 
 /* An alert by our own hand, where the engine sends none: only while nothing is encrypted. */
 static TCPSRV__COLD void tcpsrv__engine_alert(tcpsrv__engine *engine, int number) {
-    static const unsigned char head[6] = { 21, 3, 3, 0, 2, 2 };
-    memcpy(engine->alert, head, sizeof head);
-    engine->alert[2] = engine->started ? 3 : 1; /* before a version was agreed on */
-    engine->alert[6] = (unsigned char)number;
-    engine->alert_left = sizeof engine->alert;
+    unsigned char record[TCPSRV__ALERT_SIZE] = { 21, 3, 3, 0, 2, 2, 0 };
+    record[2] = engine->started ? 3 : 1; /* before a version was agreed on */
+    record[6] = (unsigned char)number;
+    memcpy(engine->own + engine->own_end, record, sizeof record);
+    engine->own_end = (unsigned char)(engine->own_end + sizeof record);
 }
 
 static int tcpsrv__alert_for(int code) {
@@ -8882,22 +8885,36 @@ static size_t tcpsrv__engine_feed(tcpsrv__engine *engine, const unsigned char *d
     return engine->error || engine->ended ? size : taken;
 }
 
+/* A handshake's short records go together: the engine makes a Finished when what tells of it, six
+   bytes, is out, and each would be a call and a segment of its own. */
+static TCPSRV__COLD void tcpsrv__engine_gather(tcpsrv__engine *engine) {
+    unsigned char *out;
+    size_t size;
+    while (!engine->done && (out = br_ssl_engine_sendrec_buf(engine->core, &size)) != NULL &&
+           size <= (size_t)(TCPSRV__OWN_SIZE - TCPSRV__ALERT_SIZE - engine->own_end)) {
+        memcpy(engine->own + engine->own_end, out, size);
+        /* An alert before a version was agreed on has none, which clients do not read. */
+        if (!engine->core->version_out && size == TCPSRV__ALERT_SIZE && out[0] == 21)
+            engine->own[engine->own_end + 1] = 3, engine->own[engine->own_end + 2] = 1;
+        engine->own_end = (unsigned char)(engine->own_end + size);
+        br_ssl_engine_sendrec_ack(engine->core, size);
+        tcpsrv__engine_settle(engine);
+    }
+}
+
 /* The ciphertext that must go next; NULL: none. */
 static const unsigned char *tcpsrv__engine_peek(tcpsrv__engine *engine, size_t *size) {
-    unsigned char *out;
-    *size = engine->alert_left;
-    if (*size) return engine->alert + sizeof engine->alert - *size;
-    if (!engine->started || !engine->records) return NULL;
-    out = br_ssl_engine_sendrec_buf(engine->core, size);
-    /* An alert before a version was agreed on goes out with none, which clients do not read. (Later
-       such bytes may stand at the head of what is left of a record.) */
-    if (out && !engine->core->version_out && *size == 7 && out[0] == 21) out[1] = 3, out[2] = 1;
-    return out;
+    int speaks = engine->started && engine->records;
+    if (speaks) tcpsrv__engine_gather(engine);
+    *size = (size_t)(engine->own_end - engine->own_begin);
+    if (*size) return engine->own + engine->own_begin;
+    return speaks ? br_ssl_engine_sendrec_buf(engine->core, size) : NULL;
 }
 
 static void tcpsrv__engine_took(tcpsrv__engine *engine, size_t size) {
-    if (engine->alert_left) {
-        engine->alert_left = (unsigned char)(engine->alert_left - size);
+    if (engine->own_end) {
+        engine->own_begin = (unsigned char)(engine->own_begin + size);
+        if (engine->own_begin == engine->own_end) engine->own_begin = engine->own_end = 0;
         return;
     }
     br_ssl_engine_sendrec_ack(engine->core, size);
@@ -9082,7 +9099,7 @@ static long tcpsrv__link_feed_read(tcpsrv__link *link, tcpsrv__link_call *call) 
 static int tcpsrv__link_fill(tcpsrv__link *link, tcpsrv__link_call *call) {
     long n;
     if (link->held) return tcpsrv__link_feed_held(link, call);
-    if (link->end) return 0;
+    if (link->end || link->dry) return 0;
     n = tcpsrv__link_feed_read(link, call);
     if (n > 0) return 1;
     if (n == -EAGAIN || n == -EWOULDBLOCK) link->dry = 1;
@@ -9126,6 +9143,16 @@ static long tcpsrv__link_result(const tcpsrv__link *link, size_t got) {
     return link->end ? link->end : link->dry ? -EAGAIN : -EALREADY;
 }
 
+/* What is left here no event will tell of. */
+static void tcpsrv__link_rest(tcpsrv_stream *stream) {
+    tcpsrv__link *link = tcpsrv__link_of(stream);
+    tcpsrv__engine *engine = link->engine;
+    tcpsrv__engine_rest(engine);
+    link->more = !link->dry || link->held || link->end || engine->records || engine->error ||
+                 engine->ended;
+    stream->deep = link->deep || link->more;
+}
+
 static void tcpsrv__link_receive_errand(void *arg) {
     tcpsrv__link_call *call = (tcpsrv__link_call *)arg;
     tcpsrv_stream *stream = call->stream;
@@ -9138,15 +9165,10 @@ static void tcpsrv__link_receive_errand(void *arg) {
     if (stream->deep && !link->more) link->deep = 1;
     tcpsrv__link_read(link, call);
     if (link->held && !call->got) tcpsrv__link_fill(link, call);
-    while (!call->got && !link->dry && !engine->error && !tcpsrv__engine_has_all(engine) &&
-           reads++ < 4)
+    while (!call->got && !engine->error && !tcpsrv__engine_has_all(engine) && reads++ < 4)
         if (!tcpsrv__link_fill(link, call)) break;
     if (tcpsrv__engine_state(engine) & TCPSRV__ENGINE_HAS_OUT) tcpsrv__link_push_own(stream);
-    tcpsrv__engine_rest(engine);
-    /* What is left here no event will tell of. */
-    link->more = !link->dry || link->held || link->end || engine->records || engine->error ||
-                 engine->ended;
-    stream->deep = link->deep || link->more;
+    tcpsrv__link_rest(stream);
     call->result = tcpsrv__link_result(link, call->got);
 }
 
@@ -9271,6 +9293,8 @@ static TCPSRV__COLD int tcpsrv__link_handshake(tcpsrv_stream *stream) {
     tcpsrv__engine *engine = link->engine;
     tcpsrv__link_call call;
     int err = tcpsrv__link_send_clear(stream);
+    link->dry = !stream->readable;
+    if (stream->deep && !link->more) link->deep = 1;
     tcpsrv__link_call_init(&call, stream, NULL, 0);
     if (!err) err = tcpsrv__engine_wake(engine);
     while (!err) {
@@ -9320,15 +9344,15 @@ static TCPSRV__COLD void tcpsrv__link_prepare(tcpsrv_stream *stream) {
     begin = tcpsrv__clock_ns();
     result = tcpsrv__link_handshake(stream);
     link->links->spent_ns += tcpsrv__clock_ns() - begin;
-    tcpsrv__engine_rest(link->engine);
+    tcpsrv__link_rest(stream);
     if (result < 0) tcpsrv__die(stream, result);
     if (result <= 0) return;
     stream->connecting = 0;
-    stream->readable = stream->deep = 1;
-    link->more = 1;
     stream->blocked = 0;
     stream->extra->handshake_due = stream->extra->connect_due = 0;
-    tcpsrv__make_ready(&stream->source);
+    if (link->more) stream->readable = 1;
+    else tcpsrv__read_dry(stream);
+    if (stream->out.last || stream->shut_wanted) tcpsrv__make_ready(&stream->source);
 }
 
 static TCPSRV__COLD void tcpsrv__link_release(tcpsrv_stream *stream) {
@@ -9398,7 +9422,8 @@ static TCPSRV__COLD void tcpsrv__secure_errand(void *arg) {
     extra->io = &tcpsrv__tls_transport;
     stream->foreign = 1;
     stream->connecting = 1;
-    stream->eof = 0; /* in clear, behind a PROXY header: to TLS it is a cut */
+    if (stream->eof) stream->readable = 1; /* behind a PROXY header: to TLS it is a cut */
+    stream->eof = 0;
     tcpsrv__make_ready(&stream->source);
 }
 

@@ -230,6 +230,7 @@ static int model_secure_sends(const model_conn *conn) {
     const sim_dir *out = &conn->link->dir[conn->side];
     size_t size;
     if (engine && out->sent < out->clear) return 1;
+    if (engine && engine->own_end) return 1;
     return engine && engine->started && engine->records &&
            br_ssl_engine_sendrec_buf(engine->core, &size) != NULL;
 }
