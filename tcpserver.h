@@ -2966,7 +2966,6 @@ struct tcpsrv_loop {
     tcpsrv__slot *slots;
     tcpsrv__stack_pool *stacks; /* >>coroutine */
     uint32_t slot_count, slot_capacity, free_slot, released_slot;
-    size_t ready_count;
     uint64_t longest_turn;      /* since somebody asked, which sets measured */
     tcpsrv__heap_entry *heap;
     size_t heap_count, heap_capacity;
@@ -3085,22 +3084,24 @@ static void tcpsrv__slots_recycle(tcpsrv_loop *loop) {
 
 /* ---- the ready list, the flush list, the end of sources -------------------------------------- */
 
+enum { TCPSRV__READY = 1, TCPSRV__LISTED }; /* on the ready list; without something to do there */
+
 static TCPSRV__NOINLINE void tcpsrv__make_ready(tcpsrv__source *source) {
     tcpsrv_loop *loop = source->loop;
-    if (source->is_ready || source->is_gone) return;
-    source->is_ready = 1;
+    int listed = source->is_ready;
+    if (source->is_gone) return;
+    source->is_ready = TCPSRV__READY | TCPSRV__LISTED;
+    if (listed) return;
     source->ready_next = NULL;
     if (loop->ready_last) loop->ready_last->ready_next = source;
     else loop->ready_first = source;
     loop->ready_last = source;
-    loop->ready_count++;
 }
 
 static tcpsrv__source *tcpsrv__take_ready(tcpsrv_loop *loop) {
     tcpsrv__source *source = loop->ready_first;
     loop->ready_first = source->ready_next;
     if (!loop->ready_first) loop->ready_last = NULL;
-    loop->ready_count--;
     source->is_ready = 0;
     return source;
 }
@@ -3128,16 +3129,25 @@ static TCPSRV__APART void tcpsrv__flush_all(tcpsrv_loop *loop) {
     }
 }
 
+/* What was due at a source's turn on the ready list has been done. */
+static void tcpsrv__make_idle(tcpsrv__source *source) {
+    source->is_ready &= TCPSRV__LISTED;
+}
+
+/* Its memory goes at the end of the turn. */
+static TCPSRV__COLD void tcpsrv__bury(tcpsrv__source *source) {
+    source->ready_next = source->loop->gone;
+    source->loop->gone = source;
+}
+
 /* Ends a source: its id is dead at once, its memory goes at the end of the turn. One that is on the
    ready list goes when it is taken from there. */
-static void tcpsrv__source_end(tcpsrv__source *source) {
-    tcpsrv_loop *loop = source->loop;
+static TCPSRV__APART void tcpsrv__source_end(tcpsrv__source *source) {
     if (source->is_gone) return;
     source->is_gone = 1;
-    tcpsrv__slot_release(loop, source->id);
-    if (source->is_ready) return;
-    source->ready_next = loop->gone;
-    loop->gone = source;
+    tcpsrv__slot_release(source->loop, source->id);
+    tcpsrv__make_idle(source);
+    if (!source->is_ready) tcpsrv__bury(source);
 }
 
 static TCPSRV__COLD void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
@@ -3149,17 +3159,18 @@ static TCPSRV__COLD void tcpsrv__destroy_gone(tcpsrv_loop *loop) {
     }
 }
 
+/* Those with nothing to do that come next are taken too: they alone are no need of a next turn. */
 static TCPSRV__COLD void tcpsrv__run_ready(tcpsrv_loop *loop) {
-    size_t n = loop->ready_count;
-    for (; n > 0; n--) {
-        tcpsrv__source *source = tcpsrv__take_ready(loop);
-        if (source->is_gone) {
-            source->ready_next = loop->gone;
-            loop->gone = source;
-        } else {
-            source->type->run(source);
-            tcpsrv__flush_all(loop);
-        }
+    tcpsrv__source *source, *last = loop->ready_last;
+    int due;
+    while ((source = loop->ready_first) != NULL) {
+        due = source->is_ready & TCPSRV__READY;
+        if (due && !last) break;
+        if (source == last) last = NULL;
+        tcpsrv__take_ready(loop);
+        if (due) source->type->run(source);
+        else if (source->is_gone) tcpsrv__bury(source);
+        tcpsrv__flush_all(loop);
     }
 }
 
@@ -5934,9 +5945,10 @@ static TCPSRV__COLD long tcpsrv__send_file(tcpsrv_stream *stream, size_t *asked)
 }
 
 static TCPSRV__COLD void tcpsrv__output_emptied(tcpsrv_stream *stream) {
-    if (stream->extra) stream->extra->write_due = 0;
+    tcpsrv__extra *extra = stream->extra;
+    if (extra) extra->write_due = 0;
     if (stream->shut_wanted && !stream->shut) tcpsrv__shut(stream);
-    if (stream->closing) tcpsrv__make_ready(&stream->source);
+    if (stream->closing && !(extra && extra->linger_due)) tcpsrv__make_ready(&stream->source);
 }
 
 static void tcpsrv__output_sent(tcpsrv_stream *stream, size_t size) {
@@ -6230,11 +6242,10 @@ static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__COLD void tcpsrv__linger_begin(tcpsrv_stream *stream) {
-    stream->readable = 1;
     stream->extra->linger_left = TCPSRV__LINGER_SIZE;
     stream->extra->linger_due = stream->source.loop->now + TCPSRV__NS(TCPSRV__LINGER_MS);
     tcpsrv__alarm_arm(stream);
-    tcpsrv__linger_step(stream);
+    if (stream->readable) tcpsrv__linger_step(stream); /* else the peer has yet to answer */
 }
 
 /* An orderly close that cannot end at once gets a deadline; without memory for one it ends now. */
@@ -6247,12 +6258,14 @@ static TCPSRV__COLD int tcpsrv__close_deadline(tcpsrv_stream *stream) {
 }
 
 static TCPSRV__COLD void tcpsrv__close_step(tcpsrv_stream *stream) {
+    int flushed;
     tcpsrv__input_drop(stream);
     if (stream->dead) return;
     if (stream->out.last || tcpsrv__owes(stream)) tcpsrv__output_step(&stream->source);
     if (stream->dead) return;
-    if (!stream->out.last && !tcpsrv__owes(stream) &&
-        (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
+    flushed = !stream->out.last && !tcpsrv__owes(stream);
+    if (flushed && !stream->read_fn) tcpsrv__make_idle(&stream->source); /* no more is due now */
+    if (flushed && (stream->eof || stream->connecting || !tcpsrv__io(stream)->is_socket)) {
         tcpsrv__die(stream, 0);
     } else if (tcpsrv__close_deadline(stream) != 0) {
         stream->aborting = stream->out.last != NULL;
@@ -7119,9 +7132,7 @@ static void tcpsrv__drop_posted(tcpsrv_loop *loop) {
 static void tcpsrv__drop_ready(tcpsrv_loop *loop) {
     while (loop->ready_first) {
         tcpsrv__source *source = tcpsrv__take_ready(loop);
-        if (!source->is_gone) continue;
-        source->ready_next = loop->gone;
-        loop->gone = source;
+        if (source->is_gone) tcpsrv__bury(source);
     }
     tcpsrv__destroy_gone(loop);
 }
