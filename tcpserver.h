@@ -6582,14 +6582,11 @@ static TCPSRV__COLD int tcpsrv__winds(const tcpsrv__owner *owner) {
 /* Zeroed memory becomes a stream over a connected descriptor, told about from now on, or without
    one yet (-1). On failure the descriptor stays the caller's. */
 static TCPSRV__COLD int tcpsrv__stream_init(tcpsrv_stream *stream, tcpsrv_loop *loop,
-                                            tcpsrv__owner *owner,
-                               int fd, int directions) {
+                                            tcpsrv__owner *owner, int fd, int directions) {
     int err = tcpsrv__source_init(&stream->source, &tcpsrv__stream_class, loop, fd);
     if (err) return err;
     stream->owner = owner;
     stream->winding = tcpsrv__winds(owner) != 0;
-    stream->readable = 1;
-    stream->blocked = 0;
     stream->receive_turn = (uint8_t)(loop->turn - 1);
     if (owner->idle_ns) {
         err = tcpsrv__extra_make(stream) ? 0 : -ENOMEM;
@@ -10388,6 +10385,7 @@ static TCPSRV__COLD tcpsrv_stream *tcpsrv__lone_start(tcpsrv__lone *lone, tcpsrv
     int err = lone ? 0 : -ENOMEM;
     if (!err) {
         tcpsrv__refresh_now(loop);
+        lone->base.stream.readable = 1;
         err = tcpsrv__stream_init(&lone->base.stream, loop, &lone->owner, fd, directions);
     }
     if (!err) return &lone->base.stream;
@@ -11450,6 +11448,8 @@ static TCPSRV__COLD void tcpsrv__serve(tcpsrv *server, int fd, const struct sock
     stream->counted = !header && server->owner.options.max_connections_per_ip != 0;
     if (header) tcpsrv__header_await(server, stream);
     else tcpsrv__stream_begin(server, stream, &address);
+    tcpsrv__flush_all(server->loop);
+    tcpsrv__stream_event(&stream->source, TCPSRV__EVENT_READ); /* often they are here already */
     tcpsrv__flush_all(server->loop);
 }
 
