@@ -6223,15 +6223,12 @@ TCPSRV_IMPL int tcpsrv_on_close(tcpsrv_stream *stream, tcpsrv_close_fn *fn, void
 
 /* Late input is swallowed, so that closing does not answer it with a reset. */
 static TCPSRV__COLD void tcpsrv__linger_step(tcpsrv_stream *stream) {
-    tcpsrv_loop *loop = stream->source.loop;
-    tcpsrv__block *spare = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
     struct iovec piece;
-    char few[512];              /* enough where there is no memory */
+    char late[TCPSRV__LINGER_SIZE / 4];
     long n;
-    piece.iov_base = spare ? spare->data : few;
-    piece.iov_len = spare ? spare->capacity : sizeof few;
+    piece.iov_base = late;
+    piece.iov_len = sizeof late;
     n = tcpsrv__io(stream)->receive(stream, &piece, 1);
-    if (spare) tcpsrv__block_give(loop, spare);
     if (n == -EAGAIN || n == -EWOULDBLOCK) {
         tcpsrv__read_dry(stream);
         return;
@@ -11297,11 +11294,11 @@ static TCPSRV__COLD int tcpsrv__stream_new(tcpsrv *server, int fd, const tcpsrv_
                                 : (tcpsrv_stream *)tcpsrv__alloc(size);
     int err = stream ? tcpsrv__stream_init(stream, server->loop, &server->owner, fd,
                                            TCPSRV__EVENT_READ) : -ENOMEM;
-    if (err) {
-        if (stream) tcpsrv__handler_drop(stream);
-        if (stream) tcpsrv__stream_free(stream);
-        return err;
+    if (err && stream) {
+        tcpsrv__handler_drop(stream);
+        tcpsrv__stream_free(stream);
     }
+    if (err) return err;
     stream->user = server->owner.options.user;
     tcpsrv__set_peer(stream, peer);
     stream->deep = peer->family != AF_INET && peer->family != AF_INET6;

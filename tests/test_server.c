@@ -1,4 +1,8 @@
 /* The server: accepting, limits, stopping, draining, and what becomes of its streams. */
+#include "support.h"
+static int receives, receives_before_shutdown;
+#define read(fd, data, size) (receives++, read(fd, data, size))
+#define shutdown(fd, how) (receives_before_shutdown = receives, shutdown(fd, how))
 #include "test.h"
 
 static tcpsrv *server;
@@ -136,6 +140,81 @@ static void serve_body(void) {
 
 static void connections_are_served_side_by_side(void) {
     both(serve_body);
+}
+
+static size_t active(void) {
+    tcpsrv_stats stats;
+    tcpsrv_get_stats(server, &stats);
+    return stats.active;
+}
+
+/* The peer's end is told, answered and done with in one turn, and no other is due after it. */
+static void end_body(void) {
+    int fd = client(tcpsrv_port(server, 0)), i;
+    receives = 0;
+    for (i = 0; i < 500 && !handled; i++) turns(1);
+    CHECK_INT(receives, 1); /* at once, as the first message often is there */
+    ask(fd, "one\n");
+    expect(fd, "one\n");
+    CHECK_INT(tcpsrv_loop_timeout(loop), -1);
+    close(fd);
+    for (i = 0; i < 500 && !ended; i++) turns(1);
+    CHECK_INT(active(), 0);
+    CHECK_INT(tcpsrv_loop_timeout(loop), -1);
+}
+
+static void a_connection_ends_in_the_turn_that_tells_of_it(void) {
+    both(end_body);
+}
+
+static int answer_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    (void)peer, (void)user;
+    if (tcpsrv_read_until(stream, "\n", 0, &line) == 0)
+        CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+    ended++;
+    return 0;
+}
+
+static void on_only_line(tcpsrv_stream *stream, int err, tcpsrv_bytes line, void *user) {
+    (void)user;
+    if (!err) CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+    tcpsrv_close(stream);
+    ended++;
+}
+
+static int answer_once_by_callback(tcpsrv_stream *stream, const tcpsrv_address *peer,
+                                   void *user) {
+    (void)peer;
+    return tcpsrv_read(stream, tcpsrv_until("\n", 0), on_only_line, user);
+}
+
+static void end_by_server(const tcpsrv_options *options) {
+    int fd, i;
+    begin(options);
+    fd = client(tcpsrv_port(server, 0));
+    ask(fd, "one\n");
+    for (i = 0; i < 500 && !ended; i++) turns(1);
+    CHECK(tcpsrv_loop_timeout(loop) > 0); /* until the peer is waited for no more */
+    CHECK_INT(receives, receives_before_shutdown);
+    expect(fd, "one\n");
+    CHECK_INT(at_end(fd), 1);
+    CHECK_INT(active(), 1);
+    CHECK_INT(receives, receives_before_shutdown);
+    close(fd);
+    for (i = 0; i < 500 && active(); i++) turns(1);
+    CHECK_INT(receives, receives_before_shutdown + 1);
+    CHECK_INT(tcpsrv_loop_timeout(loop), -1);
+    end();
+}
+
+static void after_its_own_end_a_server_receives_when_the_peer_has_answered(void) {
+    tcpsrv_options options = options_for(0);
+    options.on_stream = answer_once_by_callback;
+    end_by_server(&options);
+    options = options_for(1);
+    options.handle_stream = answer_once;
+    end_by_server(&options);
 }
 
 static void parts_body(void) {
@@ -1256,6 +1335,8 @@ int main(int argc, char **argv) {
         TEST(the_loop_ends_for_handlers_that_wait_anywhere),
         TEST(a_part_of_a_long_line_is_held_in_memory_of_its_size),
         TEST(connections_are_served_side_by_side),
+        TEST(a_connection_ends_in_the_turn_that_tells_of_it),
+        TEST(after_its_own_end_a_server_receives_when_the_peer_has_answered),
         TEST(nothing_hangs_on_what_lies_behind_a_part_of_a_line),
         TEST(options_report_every_default),
         TEST(stopping_twice_and_listening_again_work),

@@ -1057,9 +1057,47 @@ static void a_hung_up_stream_is_found_after_others_have_gone(void) {
     end();
 }
 
+static int closed_read, reads_before_close;
+
+static void on_read_of_closed(tcpsrv_stream *own, int err, tcpsrv_bytes bytes, void *arg) {
+    (void)own, (void)bytes, (void)arg;
+    closed_read = err;
+}
+
+static void answer_and_close(tcpsrv_stream *own, int err, tcpsrv_bytes line, void *arg) {
+    CHECK_INT(err, 0);
+    CHECK_INT(tcpsrv_write(own, line.data, line.size), 0);
+    if (reads_before_close)
+        CHECK_INT(tcpsrv_read(own, tcpsrv_until("\n", 0), on_read_of_closed, arg), 0);
+    else
+        closed_read = TCPSRV_ECLOSED;
+    tcpsrv_close(own);
+}
+
+/* Until the peer's end is waited for no more. */
+static void a_close_has_no_turn_too_many_and_none_too_few(void) {
+    char answer[4];
+    int i;
+    for (reads_before_close = 0; reads_before_close < 2; reads_before_close++) {
+        begin();
+        closed_read = 0;
+        say("a\none\n");
+        expect_read(tcpsrv_until("\n", 0), "a\n"); /* so that no event brings the other one */
+        CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), answer_and_close, NULL), 0);
+        for (i = 0; i < 500 && !closed_read; i++) CHECK_INT(tcpsrv_loop_poll(loop, 5), 0);
+        CHECK_INT(closed_read, TCPSRV_ECLOSED);
+        CHECK(tcpsrv_loop_timeout(loop) > 0);
+        for (i = 0; i < 500 && recv(raw, answer, sizeof answer, MSG_PEEK) <= 0; i++)
+            CHECK_INT(tcpsrv_loop_poll(loop, 5), 0);
+        CHECK_INT(recv(raw, answer, sizeof answer, 0), 4);
+        end();
+    }
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(read_until_gives_each_message_with_its_delimiter),
+        TEST(a_close_has_no_turn_too_many_and_none_too_few),
         TEST(read_until_finds_a_delimiter_split_across_reads_at_every_place),
         TEST(delimiters_and_messages_may_hold_nuls),
         TEST(a_message_over_its_max_is_refused_and_its_bytes_stay),
