@@ -2,8 +2,11 @@
 #include "support.h"
 static int receives, receives_before_shutdown;
 #define read(fd, data, size) (receives++, read(fd, data, size))
+#define recv(fd, data, size, flags) (receives++, recv(fd, data, size, flags))
 #define shutdown(fd, how) (receives_before_shutdown = receives, shutdown(fd, how))
 #include "test.h"
+#undef recv
+#undef shutdown
 
 static tcpsrv *server;
 static tcpsrv_loop *loop;
