@@ -1,7 +1,9 @@
 /* The server: accepting, limits, stopping, draining, and what becomes of its streams. */
 #include "support.h"
+#include <sys/uio.h>
 static int receives, receives_before_shutdown;
 #define read(fd, data, size) (receives++, read(fd, data, size))
+#define readv(fd, pieces, count) (receives++, readv(fd, pieces, count))
 #define recv(fd, data, size, flags) (receives++, recv(fd, data, size, flags))
 #define shutdown(fd, how) (receives_before_shutdown = receives, shutdown(fd, how))
 #include "test.h"
