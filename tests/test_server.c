@@ -101,7 +101,7 @@ static ssize_t take(int fd, char *bytes, size_t size) {
 }
 
 static void expect(int fd, const char *text) {
-    char bytes[64];
+    char bytes[2000];
     CHECK_INT(take(fd, bytes, strlen(text)), (int)strlen(text));
     CHECK_MEM(bytes, strlen(text), text);
 }
@@ -1149,6 +1149,98 @@ static void the_loop_ends_for_handlers_that_wait_anywhere(void) {
     tcpsrv_free(server);
 }
 
+/* Its first line of a burst is refused as too long; of the others it looks at the last but few while
+   it waits for something else. */
+static int looks_after_a_refusal(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    char copy[200];
+    int i;
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    if (line.data[0] != 'b') return echo(stream, peer, user);
+    CHECK_INT(tcpsrv_write(stream, line.data, line.size), 0);
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 10, &line), TCPSRV_ETOOBIG);
+    for (i = 0; i < 1600; i += (int)line.size)
+        CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    memcpy(copy, line.data, line.size);
+    copy[line.size] = 0;
+    lender = tcpsrv_self();
+    tcpsrv_park(-1);
+    CHECK_MEM(line.data, line.size, copy);
+    handled++;
+    return 0;
+}
+
+static void looked_at_after_a_refusal(int length) {
+    tcpsrv_options options = options_for(1);
+    char bytes[2000], line[200] = { 0 };
+    int one, other, i;
+    options.handle_stream = looks_after_a_refusal;
+    begin(&options);
+    one = client(tcpsrv_port(server, 0));
+    other = client(tcpsrv_port(server, 0));
+    memset(bytes, 'b', 1500); /* from here on it receives into larger blocks */
+    memcpy(bytes + 1500, "\n", 2);
+    ask(one, bytes);
+    expect(one, bytes);
+    for (i = 0; i < 1850 / length * length; i++)
+        bytes[i] = (char)((i + 1) % length ? 'a' + i / length % 26 : '\n');
+    bytes[i] = 0;
+    lender = 0;
+    ask(one, bytes);
+    while (!lender) turns(1);
+    memset(line, 'x', 150);
+    line[150] = '\n';
+    ask(other, line); /* whose handler answers from the second line on */
+    for (i = 0; i < 20; i++) ask(other, line);
+    for (i = 0; i < 20; i++) expect(other, line);
+    tcpsrv_wake(loop, lender);
+    while (!handled) turns(1);
+    close(one);
+    close(other);
+    turns(3);
+    end();
+}
+
+static void a_line_that_is_looked_at_after_a_refused_one_stays(void) {
+    looked_at_after_a_refusal(50);
+    looked_at_after_a_refusal(100);
+}
+
+/* Through small buffers, so that answers leave in parts. */
+static void longer_lines_come_back_whole_however_slowly_they_are_taken(void) {
+    enum { LINES = 40, SIZE = 16384 };
+    static char line[SIZE + 1], back[SIZE];
+    tcpsrv_options options = options_for(1);
+    int fd, i, sent = 0, got, size = 4096;
+    size_t out = 0;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size);
+    for (i = 0; i < LINES; i++) {
+        for (got = 0; got < SIZE;) {
+            ssize_t n;
+            memset(line, 'a' + sent % 26, SIZE - 1);
+            line[SIZE - 1] = '\n';
+            if (sent < LINES && sent < i + 8 &&
+                (n = send(fd, line + out, SIZE - out, MSG_DONTWAIT)) > 0 &&
+                (out += (size_t)n) == SIZE) {
+                out = 0;
+                sent++;
+            }
+            turns(1);
+            n = recv(fd, back + got, (size_t)(SIZE - got), MSG_DONTWAIT);
+            if (n > 0) got += (int)n;
+        }
+        memset(line, 'a' + i % 26, SIZE - 1);
+        line[SIZE - 1] = '\n';
+        CHECK(memcmp(back, line, SIZE) == 0);
+    }
+    close(fd);
+    turns(3);
+    end();
+}
+
 static int reads_lines(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     lent = stream;
     return echo(stream, peer, user);
@@ -1368,6 +1460,8 @@ int main(int argc, char **argv) {
         TEST(no_way_to_write_overtakes_another),
         TEST(foreach_does_not_tell_of_streams_that_close),
         TEST(a_turn_receives_only_so_much_of_a_flood),
+        TEST(a_line_that_is_looked_at_after_a_refused_one_stays),
+        TEST(longer_lines_come_back_whole_however_slowly_they_are_taken),
         TEST(a_turn_serves_only_so_much_of_a_pipeline),
         TEST(a_busy_pipeline_does_not_starve_others),
         TEST(a_failed_allocation_costs_one_connection_at_most),
