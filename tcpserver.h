@@ -10873,7 +10873,7 @@ struct tcpsrv {
     int drain_over, drained_told;   /* its time has passed; on_drained was called */
     size_t handlers;                /* coroutines that have not returned */
     int64_t pause_ms;               /* the next pause: doubles until an accept succeeds */
-    tcpsrv__timer pause_timer, drain_timer, memory_timer; /* always armed, so that it cannot fail */
+    tcpsrv__timer pause_timer, drain_timer, memory_timer; /* stay in the heap: arming cannot fail */
     uint64_t freed_at;              /* while it is full: when memory was freed last */
     int full_told;                  /* once for each time that it is full */
     uint64_t drain_due;             /* when a drain aborts what is left */
