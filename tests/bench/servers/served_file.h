@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-enum { SERVED_PIECE = 1 << 18 }; /* what is given to the kernel or the library at a time */
+enum { SERVED_PIECE = 1 << 20 }; /* what is given to the kernel or the library at a time */
 
 static struct {
     int fd;
