@@ -40,7 +40,6 @@ ONLY = os.environ.get("ONLY", "").split()
 WORK = os.environ.get("WORK", "").split()
 ROUNDS = int(os.environ.get("ROUNDS") or 15)
 PEER_ROUNDS = int(os.environ.get("PEER_ROUNDS") or min(ROUNDS, 6))
-REDIS_ROUNDS = min(ROUNDS, 9)
 ALONE = os.environ.get("ALONE", "").split()
 RESUME = os.environ.get("RESUME")
 
@@ -51,6 +50,11 @@ SCRIPTS = {
     "tornado": ["/usr/bin/python3", os.path.join(HERE, "servers/tornado_echo.py")],
 }
 SERVERS = ["raw_epoll"] + OURS + ["libuv", "libevent", "libev"] + list(SCRIPTS)
+
+REDIS = {
+    "redis-server": ["redis-server", "--save", "", "--bind", "127.0.0.1", "--port"],
+    "redis.c": [os.path.join(BUILD, "redis")],
+}
 
 FILE_SIZE = 64 << 20
 
@@ -77,13 +81,25 @@ NOT_ABLE = {"libuv": {"sendfile"}, "node": {"sendfile"}, "tornado": {"sendfile"}
 
 # name: mode of the server, arguments of lockstep, requests a round, rounds
 COUNTED = {
-    "1-connection": ("line", "keep 1 64 1", 1, 200),
-    "50-connections": ("line", "keep 50 64 1", 50, 40),
-    "16-deep": ("line", "keep 50 64 16", 800, 10),
-    "32-deep": ("line", "keep 50 64 32", 1600, 10),
-    "16-KB-lines": ("line", "keep 50 16384 1", 50, 10),
-    "peer-closes": ("line", "peer 64", 1, 100),
-    "server-closes": ("once", "server 64", 1, 100),
+    "1-connection": ("line", "keep 1 64 1".split(), 1, 200),
+    "50-connections": ("line", "keep 50 64 1".split(), 50, 40),
+    "16-deep": ("line", "keep 50 64 16".split(), 800, 10),
+    "32-deep": ("line", "keep 50 64 32".split(), 1600, 10),
+    "16-KB-lines": ("line", "keep 50 16384 1".split(), 50, 10),
+    "peer-closes": ("line", "peer 64".split(), 1, 100),
+    "server-closes": ("once", "server 64".split(), 1, 100),
+}
+
+# name: what redis-benchmark calls it, a request and its reply
+COMMANDS = {
+    "ping": ("ping_mbulk", "*1\r\n$4\r\nPING\r\n", "+PONG\r\n"),
+    "set": ("set", "*3\r\n$3\r\nSET\r\n$16\r\nkey:000000001234\r\n$3\r\nVXK\r\n", "+OK\r\n"),
+    "get": ("get", "*2\r\n$3\r\nGET\r\n$16\r\nkey:000000001234\r\n", "$3\r\nVXK\r\n"),
+}
+DEPTHS = (1, 16)
+REDIS_COUNTED = {
+    f"{name}-{depth}-deep": ("", ["talk", "50", str(depth), request, reply], 50 * depth, 800 // depth)
+    for name, (_, request, reply) in COMMANDS.items() for depth in DEPTHS
 }
 
 GROWTH = [10, 100, 1000, 10000, 15000]
@@ -179,6 +195,8 @@ def start(server, mode, tool=(), prepare=None):
     words = SCRIPTS.get(server) or [os.path.join(BUILD, server)]
     if mode == "fork" and server in OURS:
         words = [os.path.join(BUILD, "prefork"), str(port), "2"]
+    elif server in REDIS:
+        words = REDIS[server] + [str(port)]
     elif mode == "fork" and server == "go":
         words = ["env", "GOMAXPROCS=2", words[-1], str(port), "line"]
     else:
@@ -249,11 +267,21 @@ def above_the_server():
         pass
 
 
+def set_key(port):
+    _, request, reply = COMMANDS["set"]
+    with socket.create_connection(("127.0.0.1", port)) as one:
+        one.sendall(request.encode())
+        if one.recv(100) != reply.encode():
+            sys.exit("SET: not the reply that was expected")
+
+
 def run_counted(server, mode, work, tool):
     process, port = start(server, mode, tool, below_the_client)
     program = program_of(process)
     try:
-        subprocess.run([os.path.join(BUILD, "lockstep"), str(port), str(program)] + work.split(),
+        if server in REDIS:
+            set_key(port)
+        subprocess.run([os.path.join(BUILD, "lockstep"), str(port), str(program)] + work,
                        check=True, preexec_fn=above_the_server, timeout=300)
         process.wait(30)
     finally:
@@ -280,23 +308,24 @@ def system_calls(server, mode, work):
 def instructions_each(server, mode, work, requests, rounds):
     if server in ("go", "node", "tornado"):
         return None
-    more = instructions(server, mode, f"{work} {2 * rounds}")
-    return (more - instructions(server, mode, f"{work} {rounds}")) / (requests * rounds)
+    more = instructions(server, mode, work + [str(2 * rounds)])
+    return (more - instructions(server, mode, work + [str(rounds)])) / (requests * rounds)
 
 
 def system_calls_each(server, mode, work, requests, rounds):
-    few = system_calls(server, mode, f"{work} {rounds}")
-    many = system_calls(server, mode, f"{work} {2 * rounds}")
+    few = system_calls(server, mode, work + [str(rounds)])
+    many = system_calls(server, mode, work + [str(2 * rounds)])
     each = {name: (many[name] - few.get(name, 0)) / (requests * rounds) for name in many}
     return {name: calls for name, calls in each.items() if calls}
 
 
 def count(servers):
     for server in servers:
-        for work in [work for work in COUNTED if work in WORK] or COUNTED:
-            calls = system_calls_each(server, *COUNTED[work])
+        counted = REDIS_COUNTED if server in REDIS else COUNTED
+        for work in [work for work in counted if work in WORK] or counted:
+            calls = system_calls_each(server, *counted[work])
             yield {"kind": "count", "server": server, "work": work,
-                   "instructions": instructions_each(server, *COUNTED[work]),
+                   "instructions": instructions_each(server, *counted[work]),
                    "system_calls": sum(calls.values()),
                    "by_name": " ".join(f"{name} {calls[name]:.2f}" for name in
                                        sorted(calls, key=calls.get, reverse=True))}
@@ -340,7 +369,7 @@ def line_costs(server, mode, work):
 
 
 def lines_each(server, mode, work, requests, rounds):
-    few, many = (line_costs(server, mode, f"{work} {n * rounds}") for n in (1, 2))
+    few, many = (line_costs(server, mode, work + [str(n * rounds)]) for n in (1, 2))
     return {key: (many[key] - few.get(key, 0)) / (requests * rounds) for key in many}
 
 
@@ -472,36 +501,42 @@ def process_cpu(pid):
     return time.clock_gettime((~pid << 3) | 2) # the kernel's name for a process's CPU clock
 
 
-def run_redis(number, server, depth):
-    port = free_port()
-    words = {"redis.c": [os.path.join(BUILD, "redis"), str(port)],
-             "redis-server": ["redis-server", "--port", str(port), "--save", "", "--bind",
-                              "127.0.0.1"]}[server]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               preexec_fn=lambda: os.sched_setaffinity(0, cores()[0]))
+def run_redis_benchmark(port, program, test, depth, core):
+    """What it says, and what both used. The client's CPU is known when it has ended."""
+    requests = 48000 if depth == 1 else 480000
+    words = ["redis-benchmark", "-p", str(port), "-c", "50", "-P", str(depth), "-n", str(requests),
+             "-r", "10000", "-t", test, "--csv"]
+    before, began = process_cpu(program), time.monotonic()
+    client = subprocess.Popen(words, stdout=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: os.sched_setaffinity(0, core))
+    figures = client.stdout.read().strip().split("\n")[-1].replace('"', "").split(",")
+    used = os.wait4(client.pid, 0)[2]
+    seconds, server_cpu = time.monotonic() - began, process_cpu(program) - before
+    client.returncode = 0
+    client_cpu = used.ru_utime + used.ru_stime
+    return {"rate": float(figures[1]), "cpu_us": server_cpu * 1e6 / requests,
+            "client_us": client_cpu * 1e6 / requests, "p50_us": float(figures[4]) * 1e3,
+            "p99_us": float(figures[6]) * 1e3, "server_use": server_cpu / seconds,
+            "client_use": client_cpu / seconds}
+
+
+def run_redis(number, server, depth, place):
+    process, port = start(server, "")
     try:
-        wait_until_listening(port, process)
-        for test in ("ping_mbulk", "set", "get"):
-            requests = 40000 if depth == 1 else 400000
-            before = process_cpu(process.pid)
-            done = subprocess.run(["redis-benchmark", "-p", str(port), "-c", "50", "-P", str(depth),
-                                   "-n", str(requests), "-r", "10000", "-t", test, "--csv"],
-                                  capture_output=True, text=True, timeout=60,
-                                  preexec_fn=lambda: os.sched_setaffinity(0, cores()[1]))
-            used = process_cpu(process.pid) - before
-            figures = done.stdout.strip().split("\n")[-1].replace('"', "").split(",")
-            keep({"kind": "load", "server": server, "round": number,
-                  "work": f"{test.split('_')[0]}-{depth}-deep", "rate": float(figures[1]),
-                  "cpu_us": used * 1e6 / requests, "p50_us": float(figures[4]) * 1e3,
-                  "p99_us": float(figures[6]) * 1e3})
+        for name, (test, _, _) in COMMANDS.items():
+            core = cores()[place == "apart"]
+            row = run_redis_benchmark(port, process.pid, test, depth, core)
+            keep(dict(kind="load", work=f"{name}-{depth}-deep-{place}", server=server, round=number,
+                      **row))
     finally:
         end(process)
 
 
 def redis_round(number):
-    for depth in (1, 16):
-        for server in random.sample(["redis-server", "redis.c"], 2):
-            run_redis(number, server, depth)
+    for place in ("together", "apart"):
+        for depth in DEPTHS:
+            for i in range(len(REDIS)):
+                run_redis(number, list(REDIS)[(i + number) % len(REDIS)], depth, place)
 
 
 def private_memory(pid):
@@ -561,7 +596,7 @@ def growth_round(number):
 def count_growth(server, mode):
     for connections in GROWTH:
         keep({"kind": "growth", "server": server, "mode": mode, "connections": connections,
-              "instructions": instructions_each(server, mode, f"keep {connections} 64 1",
+              "instructions": instructions_each(server, mode, f"keep {connections} 64 1".split(),
                                                 connections, max(1, 1000 // connections))})
 
 
@@ -590,7 +625,7 @@ def keep_method():
     with open("/proc/cpuinfo") as file:
         processor = re.search(r"^model name\s*: (.*)$", file.read(), re.M)
     keep({"kind": "method", "rounds": ROUNDS, "peer_rounds": PEER_ROUNDS,
-          "redis_rounds": REDIS_ROUNDS, "growth_rounds": GROWTH_ROUNDS,
+          "growth_rounds": GROWTH_ROUNDS,
           "processor": processor.group(1) if processor else platform.machine(),
           "cores": len(os.sched_getaffinity(0)), "system": f"Linux {platform.release()}",
           "compiler": compiler(), "versions": versions(),
@@ -620,8 +655,10 @@ def parts_of_rounds(servers):
             yield f"round-{n + 1}", run_round, (n, servers if with_peers else ours)
     if not WORK or "redis" in WORK:
         if shutil.which("redis-server") and shutil.which("redis-benchmark"):
-            for n in range(REDIS_ROUNDS):
+            for n in range(ROUNDS):
                 yield f"redis-{n + 1}", redis_round, (n,)
+            for server in REDIS:
+                yield f"count-{server}", lambda one: [keep(row) for row in count([one])], (server,)
         else:
             print("no redis here")
 

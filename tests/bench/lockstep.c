@@ -6,7 +6,7 @@
  * lockstep PORT PID keep CONNECTIONS SIZE DEPTH ROUNDS: bursts of DEPTH lines of SIZE bytes.
  * lockstep PORT PID peer SIZE ROUNDS, lockstep PORT PID server SIZE ROUNDS: connect, one line,
  * close; the client closes first, or waits for the server's end.
- * lockstep PORT PID talk CONNECTIONS DEPTH ROUNDS REQUEST REPLY: bursts of DEPTH of that request.
+ * lockstep PORT PID talk CONNECTIONS DEPTH REQUEST REPLY ROUNDS: bursts of DEPTH of that request.
  */
 #include "../tools/tool.h"
 #include <dirent.h>
@@ -109,9 +109,9 @@ static text repeated(const char *once, size_t depth) {
 static int talk(int port, char **arg) {
     size_t depth = strtoul(arg[1], NULL, 10);
     text burst[2];
-    burst[0] = repeated(arg[3], depth);
-    burst[1] = repeated(arg[4], depth);
-    in_rounds(port, atol(arg[0]), atol(arg[2]), burst);
+    burst[0] = repeated(arg[2], depth);
+    burst[1] = repeated(arg[3], depth);
+    in_rounds(port, atol(arg[0]), atol(arg[4]), burst);
     free(burst[0].data);
     free(burst[1].data);
     return 0;

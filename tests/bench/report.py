@@ -26,12 +26,9 @@ TITLES = {
     "sendfile": "download of 64 MiB by sendfile (MB)",
     "15000-idle": "64-byte lines, 50 connections beside 15,000 idle ones",
     "two-cores": "64-byte lines, 100 connections, two worker processes",
-    "ping-1-deep": "redis-benchmark: PING",
-    "set-1-deep": "redis-benchmark: SET",
-    "get-1-deep": "redis-benchmark: GET",
-    "ping-16-deep": "redis-benchmark: PING, 16 at a time",
-    "set-16-deep": "redis-benchmark: SET, 16 at a time",
-    "get-16-deep": "redis-benchmark: GET, 16 at a time",
+    **{f"{name}-{depth}-deep{place}": f"redis: {name.upper()}{deep}{where}"
+       for place, where in (("", ""), ("-together", ""), ("-apart", ", a core for each side"))
+       for depth, deep in ((1, ""), (16, ", 16 at a time")) for name in ("ping", "set", "get")},
 }
 SHORT = {
     "1-connection": "64-byte lines, 1 connection",
@@ -168,7 +165,23 @@ def overview(rows):
         yield f"| {TITLES.get(work, work)} | " + " | ".join(cells) + " |"
 
 
+REDIS = ("redis-server", "redis.c")
+
+
+def redis_count_table(rows):
+    found = {(row["work"], row["server"]): row for row in rows if row["server"] in REDIS}
+    if found:
+        yield "\n### redis: instructions in user space and system calls a request\n"
+        yield "| | " + " | ".join(map(name_of, REDIS)) + " |\n|---|---|---|"
+    for work in in_order(key[0] for key in found):
+        both = [found.get((work, server)) for server in REDIS]
+        yield f"| {TITLES[work]} | " + " | ".join(
+            f"{number(row['instructions'])}, {row['system_calls']:.2f}" if row else ""
+            for row in both) + " |"
+
+
 def count_tables(rows):
+    rows = [row for row in rows if row["server"] not in REDIS]
     works = in_order(row["work"] for row in rows)
     for key, title in (("system_calls", "System calls a request"),
                        ("instructions", "Instructions a request in user space")):
@@ -243,7 +256,8 @@ RATIO_GOALS = {
                                        "10000-connections", "16-KB-lines")},
     "16-deep": (0.97, None), "64-deep": (0.97, None), "bulk": (1.12, None),
     "peer-closes": (1.05, None), "server-closes": (1.05, None),
-    **{f"{one}-{depth}-deep": (1, None) for one in ("ping", "set", "get") for depth in (1, 16)},
+    **{f"{one}-{depth}-deep-{place}": (1, None) for place in ("together", "apart")
+       for depth in (1, 16) for one in ("ping", "set", "get")},
 }
 # At most, with callbacks and with coroutines.
 COUNT_GOALS = {
@@ -314,7 +328,7 @@ def method(rows):
     for row in of_kind(rows, "method"):
         yield (f"{row['processor']}, {row['cores']} cores; {row['system']}; {row['compiler']}, -O2; "
                f"{row['versions']}. {row['rounds']} rounds, {row['peer_rounds']} for the peers, "
-               f"{row['redis_rounds']} for redis, network {row['network']}.")
+               f"network {row['network']}.")
 
 
 def tables(rows):
@@ -326,6 +340,7 @@ def tables(rows):
     yield from goals_table(rows)
     if counts:
         yield from count_tables(counts)
+        yield from redis_count_table(counts)
     yield from lines_tables(of_kind(rows, "lines"))
     if of_kind(rows, "memory"):
         yield from memory_table(of_kind(rows, "memory"))
@@ -406,7 +421,7 @@ PERFORMANCE, AFTER = "## Performance\n", "## How it is tested\n"
 def figures(rows):
     """A request's exact cost in one table, and the rates in another."""
     counts, memory = of_kind(rows, "count"), of_kind(rows, "memory")
-    servers = [server for server in ORDER if server != "tornado" and
+    servers = [server for server in ORDER if server != "tornado" and server not in REDIS and
                any(row["server"] == server for row in counts)]
     yield "| a request costs | " + " | ".join(map(name_of, servers)) + " |"
     yield "|---|" + "---|" * len(servers)
