@@ -9,7 +9,12 @@
 # the clients another. Beside stunnel4 and the library with its rationing of handshakes taken out.
 # openssl s_server does not take part: it serves one connection at a time.
 #
-#   BUILD=build sh tests/bench/tls.sh [ec|rsa] [latency]
+# With "share": what of a saturated server's processor time BearSSL has, and what the kernel, libc
+# (BearSSL copies and clears by it too) and the library, in percent by perf: CROWD clients make full
+# handshakes with P-256 on one core, the server has the other. "floor" is a blocking loop of accept,
+# BearSSL's own calls, close. Medians of ROUNDS.
+#
+#   BUILD=build sh tests/bench/tls.sh [ec|rsa] [latency|share]
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=$(cd "${BUILD:-$root/build}" && pwd) || exit 1
@@ -24,7 +29,9 @@ pids=
 trap 'kill $pids 2>/dev/null; rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
-for command in openssl stunnel4 curl; do
+commands='openssl stunnel4 curl'
+[ "$works" = share ] && commands='openssl perf taskset'
+for command in $commands; do
     command -v $command >/dev/null || { echo "no $command here"; exit 77; }
 done
 sh "$root/tests/tools/certs.sh" "$work/certificates" || exit
@@ -62,12 +69,77 @@ free_port() { # one that nobody has now
 
 cc=${CC:-cc}
 server_core='' client_core=''
-if [ "$works" = latency ] && command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
+if [ "$works" != speed ] && command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
     server_core='taskset -c 0' client_core='taskset -c 1'
 fi
 mkdir -p "$build/bench"
 $cc -O2 "$root/tests/bench/servers/ours_tls.c" -o "$build/bench/ours_tls" -lbearssl || exit
 $cc -O2 "$root/tests/bench/tls_latency.c" -o "$build/bench/tls_latency" -lbearssl || exit
+
+crowd_begins() { # PORT CLIENTS SECONDS: full handshakes; their ids in $clients
+    clients='' i=0
+    while [ $((i += 1)) -le "$2" ]; do
+        $client_core openssl s_time -connect "127.0.0.1:$1" -new -time "$3" -tls1_2 \
+            -cipher $suite >"$work/client.$i" 2>&1 &
+        clients="$clients $!"
+    done
+    [ "$2" -eq 0 ] || sleep 0.5
+}
+
+crowd_ends() { # how many it made a second, in $made
+    wait_for $clients
+    made=$(cat "$work"/client.* 2>/dev/null |
+        awk '/real seconds/ { n += $1; t = $4 } END { printf "%.0f", t ? n / t : 0 }')
+    rm -f "$work"/client.*
+}
+
+median() { # COLUMN, lines on the standard input
+    sort -n -k"$1,$1" | awk -v c="$1" '{ v[NR] = $c } END { print v[int((NR + 1) / 2)] }'
+}
+
+# ---- share ---------------------------------------------------------------------------------------
+
+share() { # NAME PROGRAM
+    $server_core "$build/bench/$2" 0 "$pem" "$key" >"$work/$1" 2>&1 &
+    server=$! pids="$pids $!"
+    crowd_begins "$(listening "$work/$1")" "$crowd" $((seconds + 1))
+    perf record -q -e cpu-clock -F 4000 -o "$work/samples" -p "$server" sleep $seconds \
+        >"$work/perf" 2>&1
+    recorded=$?
+    crowd_ends
+    kill "$server"
+    [ $recorded -eq 0 ] || { echo "perf cannot record here: $(head -n 1 "$work/perf")"; exit 77; }
+    perf report -i "$work/samples" --stdio --sort dso 2>/dev/null |
+        awk -v name="$1" -v program="$2" -v made="$made" '
+            /^ *[0-9]/ {
+                part = $2 ~ /bearssl/ ? 1 : $2 ~ /kernel/ ? 2 : $2 == program ? 4 : 3
+                share[part] += $1
+            }
+            END { print name, made, share[1] + 0, share[2] + 0, share[3] + 0, share[4] + 0 }' \
+            >>"$work/shares"
+}
+
+if [ "$works" = share ]; then
+    $cc -O2 "$root/tests/tools/tls_callbacks.c" -o "$build/bench/tls_callbacks" -lbearssl || exit
+    $cc -O2 "$root/tests/bench/servers/raw_tls.c" -o "$build/bench/raw_tls" -lbearssl || exit
+    round=0
+    while [ $((round += 1)) -le "$rounds" ]; do
+        share coroutines ours_tls
+        share callbacks tls_callbacks
+        share floor raw_tls
+    done
+    printf '%-12s %12s %9s %8s %6s %8s   medians of %d rounds\n' "" handshakes/s BearSSL kernel \
+        libc library "$rounds"
+    for server in coroutines callbacks floor; do
+        grep "^$server " "$work/shares" >"$work/those"
+        printf '%-12s %12s %8s%% %7s%% %5s%% %7s%%\n' $server "$(median 2 <"$work/those")" \
+            "$(median 3 <"$work/those")" "$(median 4 <"$work/those")" \
+            "$(median 5 <"$work/those")" "$(median 6 <"$work/those")"
+    done
+    exit
+fi
+
+# ---- servers -------------------------------------------------------------------------------------
 
 $server_core "$build/bench/ours_tls" 0 "$pem" "$key" >"$work/ours" 2>&1 &
 ours=$! pids="$pids $!"
@@ -137,23 +209,10 @@ unrationed() {
 }
 
 latency() { # NAME PORT CLIENTS
-    clients='' i=0
-    while [ $((i += 1)) -le "$3" ]; do
-        $client_core openssl s_time -connect "127.0.0.1:$2" -new -time $((seconds + 1)) -tls1_2 \
-            -cipher $suite >"$work/client.$i" 2>&1 &
-        clients="$clients $!"
-    done
-    [ "$3" -eq 0 ] || sleep 0.5
+    crowd_begins "$2" "$3" $((seconds + 1))
     took=$($client_core "$build/bench/tls_latency" "$2" 50 10 $((seconds * 1000))) || took=failed
-    wait_for $clients
-    made=$(cat "$work"/client.* 2>/dev/null |
-        awk '/real seconds/ { n += $1; t = $4 } END { printf "%.0f", t ? n / t : 0 }')
-    rm -f "$work"/client.*
+    crowd_ends
     echo "$1 $3 $took $made" >>"$work/latencies"
-}
-
-median() { # COLUMN, lines on the standard input
-    sort -n -k"$1,$1" | awk -v c="$1" '{ v[NR] = $c } END { print v[int((NR + 1) / 2)] }'
 }
 
 if [ "$works" = latency ]; then

@@ -34,7 +34,7 @@ static enum peer_mode mode;
 static PEER_UNUSED char read_buffer[READ_SIZE]; /* one for the loop */
 
 /* The port. */
-static int peer_setup(int argc, char **argv) {
+static PEER_UNUSED int peer_setup(int argc, char **argv) {
     static const char *const names[] = { "line", "chunk", "once", "file", "write" };
     size_t i;
     if (argc < 2) exit(2);
