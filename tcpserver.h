@@ -5761,7 +5761,8 @@ static TCPSRV__NOINLINE void tcpsrv__read_ended(tcpsrv_stream *stream, int err) 
 }
 
 /* Ends the waiting read: the only place. Its callback may do anything to the stream. */
-static TCPSRV__NOINLINE void tcpsrv__read_complete(tcpsrv_stream *stream, int err, tcpsrv_bytes bytes) {
+static TCPSRV__NOINLINE void tcpsrv__read_complete(tcpsrv_stream *stream, int err,
+                                                   tcpsrv_bytes bytes) {
     tcpsrv_read_fn *fn = stream->read_fn;
     if (err || stream->timed || stream->cancelled) tcpsrv__read_ended(stream, err);
     if (err) {

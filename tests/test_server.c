@@ -1149,8 +1149,8 @@ static void the_loop_ends_for_handlers_that_wait_anywhere(void) {
     tcpsrv_free(server);
 }
 
-/* Its first line of a burst is refused as too long; of the others it looks at the last but few while
-   it waits for something else. */
+/* Its first line of a burst is refused as too long; of the others it looks at the last but few
+   while it waits for something else. */
 static int looks_after_a_refusal(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     tcpsrv_bytes line;
     char copy[200];
