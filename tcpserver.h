@@ -1246,8 +1246,9 @@ static TCPSRV__COLD int tcpsrv__set_cloexec_nonblock(int fd) {
 /* A socket that a call without flags gave, with them; or a code, and it is closed. */
 static TCPSRV__COLD int tcpsrv__socket_flagged(int fd) {
     int err = fd < 0 ? tcpsrv__failed() : tcpsrv__set_cloexec_nonblock(fd);
-    if (!err && TCPSRV__NO_SIGPIPE >= 0)
-        err = tcpsrv__sys_option(fd, SOL_SOCKET, TCPSRV__NO_SIGPIPE, 1);
+    if (!err && TCPSRV__NO_SIGPIPE >= 0 &&
+        tcpsrv__sys_option(fd, SOL_SOCKET, TCPSRV__NO_SIGPIPE, 1) != 0)
+        err = -ECONNABORTED; /* EINVAL on macOS: the peer has reset it already */
     if (err && fd >= 0) tcpsrv__sys_close(fd);
     return err ? err : fd;
 }
