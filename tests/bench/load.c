@@ -6,7 +6,9 @@
  *   keep      on each connection a burst of depth lines of size bytes goes out with one call, and
  *             the next one when all of it has come back
  *   peer      connect, one line, and the client closes
- *   server    connect, one line, and the client waits for the server's end
+ *   server    connect, one line, and the client waits for the server's end; both with as few calls
+ *             as there can be, since a connect does much of the server's work on the load's
+ *             core: the oldest one's answer is waited for, and meanwhile the server has others
  *   download  a short line, and the size bytes of a file come back
  *   file      connects to nobody and writes that file to the standard output
  *
@@ -226,7 +228,8 @@ static int dial(long number) {
         fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (fd < 0) fail("socket");
         setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        if (work == KEEP || work == DOWNLOAD) /* a first line leaves at once in any case */
+            setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
         if (bind(fd, (struct sockaddr *)&source, sizeof source) != 0) fail("bind");
         if (connect(fd, (struct sockaddr *)&target, sizeof target) == 0) return fd;
         if (errno != ECONNREFUSED || tries++ == 1000) fail("connect");
@@ -263,22 +266,45 @@ static void send_burst(connection *c) {
     send_rest(c);
 }
 
+static int is_short(void) {
+    return work == PEER || work == SERVER;
+}
+
 static void open_connection(connection *c) {
     static long turn;
-    if (work != KEEP) c->started_ns = now_ns();
     c->fd = dial(turn++);
-    watch(c, EPOLL_CTL_ADD, 0);
+    if (!is_short()) watch(c, EPOLL_CTL_ADD, 0);
 }
 
 /* ---- the run --------------------------------------------------------------------------------- */
 
 static void next_request(connection *c, uint64_t now) {
     c->started_ns = now;
-    if (work == PEER || work == SERVER) {
+    if (is_short()) {
         close(c->fd);
         open_connection(c);
     }
     send_burst(c);
+}
+
+static void on_alarm(int signo) {
+    static const char text[] = "load: the server's answers: none for ten seconds\n";
+    (void)signo;
+    if (write(2, text, sizeof text - 1) < 0) _exit(2);
+    _exit(1);
+}
+
+/* A short connection's answer, and for work SERVER its end, with one call. */
+static void finish(connection *c, char *buffer, uint64_t *now) {
+    size_t most = work == SERVER ? answer_size + 1 : answer_size;
+    ssize_t n = recv(c->fd, buffer, most, MSG_WAITALL);
+    if (n < 0) fail("recv");
+    compare(c, buffer, (size_t)n);
+    if ((size_t)n != answer_size) fail("number of bytes");
+    *now = now_ns();
+    add_latency(*now - c->started_ns, 1);
+    requests++;
+    next_request(c, *now);
 }
 
 static void on_event(connection *c, uint32_t events, char *buffer, uint64_t now) {
@@ -290,35 +316,44 @@ static void on_event(connection *c, uint32_t events, char *buffer, uint64_t now)
     if (n < 0 && errno == EAGAIN) return;
     if (n < 0) fail("recv");
     errno = 0;
-    if (n == 0 && (work != SERVER || c->received < answer_size)) fail("the server's end");
+    if (n == 0) fail("the server's end");
     compare(c, buffer, (size_t)n);
     answers = c->received;
     c->received += (size_t)n;
-    answers = work == KEEP ? c->received / line_size - answers / line_size : 0;
-    if (work != KEEP && c->received == answer_size && (work != SERVER || n == 0)) answers = 1;
+    answers = work == KEEP ? c->received / line_size - answers / line_size
+                           : c->received == answer_size;
     if (answers) add_latency(now - c->started_ns, answers);
     requests += work == DOWNLOAD ? (uint64_t)n : answers;
     if (answers && c->received == answer_size) next_request(c, now);
 }
 
-static void run(void) {
-    static char buffer[RECEIVE_SIZE];
+static uint64_t serve_events(char *buffer) {
     struct epoll_event events[EVENTS];
+    int i, n = epoll_wait(poller, events, EVENTS, STALL_MS);
+    uint64_t now = now_ns();
+    errno = n ? errno : ETIMEDOUT;
+    if (n <= 0) fail("the server's answers");
+    for (i = 0; i < n; i++) {
+        on_event(events[i].data.ptr, events[i].events, buffer, now);
+        if (i % 8 == 7) now = now_ns();
+    }
+    return now_ns();
+}
+
+static void run(connection *all) {
+    static char buffer[RECEIVE_SIZE];
     uint64_t now = now_ns(), measure_at = now + (uint64_t)warm_ms * 1000000u;
     uint64_t end_at = measure_at + (uint64_t)run_ms * 1000000u;
-    int i, n;
+    long oldest = 0;
+    signal(SIGALRM, on_alarm);
+    alarm(STALL_MS / 1000);
     while (now < end_at) {
-        n = epoll_wait(poller, events, EVENTS, STALL_MS);
-        errno = n ? errno : ETIMEDOUT;
-        if (n <= 0) fail("the server's answers");
-        now = now_ns();
-        for (i = 0; i < n; i++) {
-            on_event(events[i].data.ptr, events[i].events, buffer, now);
-            if (i % 8 == 7) now = now_ns();
-        }
-        now = now_ns();
+        if (is_short()) finish(&all[oldest++ % connections], buffer, &now);
+        else now = serve_events(buffer);
         if (!measured.running && now >= measure_at) start_measuring(now);
-        if (measured.running && now - measured.window_from_ns >= WINDOW_NS) end_window(now);
+        if (!measured.running || now - measured.window_from_ns < WINDOW_NS) continue;
+        end_window(now);
+        alarm(STALL_MS / 1000);
     }
     report(now);
 }
@@ -380,7 +415,7 @@ int main(int argc, char **argv) {
         all[i].started_ns = now_ns();
         send_burst(&all[i]);
     }
-    run();
+    run(all);
     for (i = 0; i < connections; i++) reset(all[i].fd);
     for (i = 0; i < idle; i++) reset(idle_fds[i]);
     return 0;
