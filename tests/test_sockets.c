@@ -1,4 +1,7 @@
 /* Addresses and listening sockets: what binds, what is refused with which words, what is left. */
+#if defined(__linux__)
+#define SO_NOSIGPIPE 9999 /* an option that no socket takes, as on macOS once the peer has gone */
+#endif
 #include "test.h"
 
 enum { MAX = 16 };
@@ -309,6 +312,15 @@ static void ready_is_a_line_of_its_own(void) {
     CHECK(!tcpsrv__says_ready(""));
 }
 
+static void a_socket_that_takes_no_option_any_more_is_a_connection_that_has_ended(void) {
+#if defined(__linux__)
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK_INT(tcpsrv__socket_flagged(fd), -ECONNABORTED);
+    CHECK_INT(fcntl(fd, F_GETFD), -1);
+#endif
+    CHECK(tcpsrv__accept_skips(-ECONNABORTED));
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(port_0_gives_all_families_the_same_free_port),
@@ -328,6 +340,7 @@ int main(int argc, char **argv) {
         TEST(only_the_process_that_bound_it_unlinks_it),
         TEST(clients_connect_by_path_and_by_abstract_name),
         TEST(ready_is_a_line_of_its_own),
+        TEST(a_socket_that_takes_no_option_any_more_is_a_connection_that_has_ended),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
