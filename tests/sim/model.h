@@ -219,6 +219,8 @@ static void model_quiet_secure(const model_conn *conn) {
         return;
     if (model_notified(conn))
         sim_broken(2, "stream %d: a read outlives close_notify", conn->number);
+    if (in->taken >= in->alert_end)
+        sim_broken(2, "stream %d: a read outlives a fatal alert", conn->number);
     if (model_deliverable(in) > in->plain_taken && in->taken >= in->secure_from)
         sim_broken(2, "stream %d: a read waits, and %llu bytes wait to be decrypted",
                    conn->number, (unsigned long long)(model_deliverable(in) - in->plain_taken));
@@ -260,7 +262,7 @@ static int model_secure_may_end(const model_conn *conn, int code) {
     if (!conn->secure) return 0;
     if (code == -EPIPE) return model_notified(conn);
     if (code == TCPSRV_ETLS_TRUNCATED)
-        return conn->object->told_end && !model_notified(conn);
+        return conn->object->told_end && !model_notified(conn) && in->taken < in->alert_end;
     if (in->clear != in->secure_from || (peer && !end)) return number > 0 && number < 1000;
     if (sim.alloc_failed && number == BR_ERR_X509_LIMIT_EXCEEDED) return 1;
     if (number == BR_ERR_NO_CLIENT_AUTH ||
@@ -269,6 +271,7 @@ static int model_secure_may_end(const model_conn *conn, int code) {
     if (!end) return number > 0 && number < 1000; /* the other end is ours, and has its reasons */
     if (code == TCPSRV_ETLS_NAME) return !!end->name;
     if (code == TCPSRV_ETLS_VERSION || number == 512 + 70) return end->fault == SECURE_OLD;
+    if (number == 256 + 80) return in->taken >= in->alert_end;
     if (number == 256 + 40) return end->fault == SECURE_ALERTS || end->fault >= SECURE_OLD;
     if (number == 256 + 70) return end->fault >= SECURE_OLD;
     if (end->fault == SECURE_STRANGE) return number == 512 + 40;

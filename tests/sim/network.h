@@ -36,7 +36,8 @@ struct sim_dir {
     uint64_t secure_from;       /* what the reader takes from here on it decrypts */
     uint64_t plain_sealed, plain_sent, plain_taken; /* then: written, out as a whole, and read */
     uint64_t notify_end;        /* behind the writer's close_notify; SIM_NEVER: it sent none */
-    unsigned char notifies;     /* it is on its way */
+    uint64_t alert_end;         /* behind its fatal alert by the keys; SIM_NEVER: it sent none */
+    unsigned char notifies;     /* close_notify is on its way */
     sim_wire wire;              /* what is sent from clear on */
 };
 
@@ -389,6 +390,7 @@ static sim_link *link_new(void) {
         link->dir[i].place = sim_below(SIM_TABLE);
         link->dir[i].next = link->end[i].reset_at = SIM_NEVER;
         link->dir[i].clear = link->dir[i].secure_from = link->dir[i].notify_end = SIM_NEVER;
+        link->dir[i].alert_end = SIM_NEVER;
         link->dir[i].window = link_room();
         link->dir[i].room = link_room();
     }

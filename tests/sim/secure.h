@@ -16,6 +16,7 @@
 typedef enum secure_fault {
     SECURE_FINE,
     SECURE_ALERTS,              /* answers with a fatal alert in clear */
+    SECURE_BREAKS,              /* sends one in the midst of what it encrypts */
     SECURE_DAMAGES,             /* flips a bit of what it has encrypted */
     SECURE_OLD,                 /* knows TLS 1.1 at most */
     SECURE_STRANGE,             /* offers a suite that nobody wants */
@@ -38,6 +39,7 @@ struct sim_secure {
     uint64_t upgrade_at;
     secure_fault fault;
     int damaged, alerted, renegotiated;
+    uint64_t breaks_at;         /* how much it has encrypted then */
     int shows;                  /* its certificate, when a server asks for it */
     int empties;                /* sends empty records in between */
     int notifies, closing;      /* with close_notify */
@@ -290,6 +292,7 @@ static void peer_secure(sim_peer *peer, int client, int upgrades) {
     end->resumes = !sim_chance(4);
     end->shows = !sim_chance(4);
     end->empties = sim_chance(8);
+    end->breaks_at = sim_below((size_t)peer->to_send + 1);
     end->name = secure_names[sim_below(4)];
     end->session_name = sim_chance(8) ? secure_names[sim_below(4)] : end->name;
     end->suite = secure_suites[sim_below(2)];
@@ -457,9 +460,18 @@ static uint64_t secure_in_clear(const sim_peer *peer) {
     return out->sent < to ? to - out->sent : 0;
 }
 
+static int secure_breaks(const sim_peer *peer) {
+    const struct sim_secure *end = peer->secure;
+    size_t size;
+    return end->fault == SECURE_BREAKS && end->done && !end->alerted && !end->error &&
+           !end->ended && !br_ssl_engine_sendrec_buf(end->core, &size) &&
+           peer->link->dir[peer->side].plain_sealed >= end->breaks_at;
+}
+
 static int secure_alerts(const sim_peer *peer) {
     const struct sim_secure *end = peer->secure;
     const sim_dir *in = &peer->link->dir[!peer->side];
+    if (secure_breaks(peer)) return 1;
     return end->fault == SECURE_ALERTS && end->begun && !end->alerted && in->taken > in->clear;
 }
 
@@ -568,9 +580,28 @@ static void secure_push(sim_peer *peer, size_t room) {
         out->notify_end = out->sent; /* its answer to one */
 }
 
-static void secure_send(sim_peer *peer) {
-    static const unsigned char alert[7] = { 21, 3, 3, 0, 2, 2, 40 };
+/* A fatal alert; with what there is no room for it is cut, and the peer gone. */
+static void secure_alert(sim_peer *peer, size_t room) {
+    unsigned char bytes[64] = { 21, 3, 3, 0, 2, 2, 40 }, *record = bytes;
     struct sim_secure *end = peer->secure;
+    const br_sslrec_out_class **keys = &end->core->out.vtable;
+    sim_dir *out = &peer->link->dir[peer->side];
+    size_t size = 7, from = 5, to = sizeof bytes;
+    int breaks = secure_breaks(peer);
+    if (breaks) { /* the engine as such sends none by its keys: it has nothing to say but the end */
+        (*keys)->max_plaintext(keys, &from, &to);
+        bytes[from] = 2;
+        bytes[from + 1] = 80;
+        size = 2;
+        record = (*keys)->encrypt(keys, 21, BR_TLS12, bytes + from, &size);
+    }
+    secure_put(peer, record, room < size ? room : size);
+    if (breaks && room >= size) out->alert_end = out->sent;
+    end->alerted = 1;
+    SIM_TRACE("peer %d sends an alert%s", peer->number, breaks ? " by its keys" : "");
+}
+
+static void secure_send(sim_peer *peer) {
     sim_dir *out = &peer->link->dir[peer->side];
     uint64_t n = secure_in_clear(peer);
     size_t room = (size_t)sim_free_room(out);
@@ -581,9 +612,7 @@ static void secure_send(sim_peer *peer) {
         out->sent += n;
         SIM_TRACE("peer %d sends %d", peer->number, (int)n);
     } else if (secure_alerts(peer)) {
-        secure_put(peer, alert, room < sizeof alert ? room : sizeof alert);
-        end->alerted = 1;
-        SIM_TRACE("peer %d sends an alert", peer->number);
+        secure_alert(peer, room);
     } else {
         secure_push(peer, room);
     }
