@@ -6855,7 +6855,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
     tcpsrv__block *in = stream->in;
     size_t found;
     if (stream->burst >= TCPSRV__BURST || in->capacity - in->end < TCPSRV__FIND_BEHIND ||
-        (in->pool != TCPSRV__POOL_HOME && tcpsrv__block_is_loose(in, in->end)))
+        (in->pool != TCPSRV__POOL_HOME && tcpsrv__block_is_loose(in, tcpsrv__block_size(in))))
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     found = tcpsrv__find_char_near(in->data + in->begin, *delimiter, tcpsrv__block_size(in));
     if (found > max - 1 || found >= stream->owner->options.max_buffer_size)

@@ -1207,6 +1207,48 @@ static void a_line_that_is_looked_at_after_a_refused_one_stays(void) {
     looked_at_after_a_refusal(100);
 }
 
+/* It looks at the last line of a burst while it waits for something else. */
+static int looks_at_what_is_left(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    tcpsrv_bytes line;
+    int i;
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    CHECK_INT(tcpsrv_write(stream, "\n", 1), 0);
+    for (i = 0; i < 2; i++) CHECK_INT(tcpsrv_read_until(stream, "\n", 0, &line), 0);
+    CHECK_MEM(line.data, line.size, "little\n");
+    lender = tcpsrv_self();
+    tcpsrv_park(-1);
+    CHECK_MEM(line.data, line.size, "little\n");
+    handled++;
+    return 0;
+}
+
+static void a_short_line_behind_a_long_one_pins_little(void) {
+    static char bytes[20001 + sizeof "little\n"];
+    tcpsrv_options options = options_for(1);
+    tcpsrv_stats stats;
+    int fd;
+    options.handle_stream = looks_at_what_is_left;
+    begin(&options);
+    fd = client(tcpsrv_port(server, 0));
+    memset(bytes, 'b', 20000);
+    strcpy(bytes + 1500, "\n"); /* from here on it receives into larger blocks */
+    ask(fd, bytes);
+    expect(fd, "\n");
+    bytes[1500] = bytes[1501] = 'b';
+    strcpy(bytes + 20000, "\nlittle\n");
+    lender = 0;
+    ask(fd, bytes);
+    while (!lender) turns(1);
+    tcpsrv_get_stats(server, &stats);
+    CHECK(stats.buffer_memory <= 4 * strlen("little\n") + 512);
+    tcpsrv_wake(loop, lender);
+    while (!handled) turns(1);
+    close(fd);
+    turns(3);
+    end();
+}
+
 /* Through small buffers, so that answers leave in parts. */
 static void longer_lines_come_back_whole_however_slowly_they_are_taken(void) {
     enum { LINES = 40, SIZE = 16384 };
@@ -1461,6 +1503,7 @@ int main(int argc, char **argv) {
         TEST(foreach_does_not_tell_of_streams_that_close),
         TEST(a_turn_receives_only_so_much_of_a_flood),
         TEST(a_line_that_is_looked_at_after_a_refused_one_stays),
+        TEST(a_short_line_behind_a_long_one_pins_little),
         TEST(longer_lines_come_back_whole_however_slowly_they_are_taken),
         TEST(a_turn_serves_only_so_much_of_a_pipeline),
         TEST(a_busy_pipeline_does_not_starve_others),
