@@ -1299,6 +1299,7 @@ static TCPSRV__NOINLINE size_t tcpsrv__find_char_within(const char *data, char c
 enum { TCPSRV__FIND_BEHIND = 64 };
 #if defined(__GNUC__) && defined(__SSE2__) && !defined(__TINYC__)
 typedef char tcpsrv__16 __attribute__((vector_size(16)));
+typedef uint32_t tcpsrv__4x4 __attribute__((vector_size(16)));
 
 TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) {
     tcpsrv__16 bytes;
@@ -1307,8 +1308,10 @@ TCPSRV__INLINE uint64_t tcpsrv__find_in_16(const char *data, tcpsrv__16 wanted) 
 }
 
 /* A bit for each of the next 64 bytes that is c. */
-TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
-    tcpsrv__16 wanted = { c, c, c, c, c, c, c, c, c, c, c, c, c, c, c, c };
+TCPSRV__INLINE uint64_t tcpsrv__find_in_64(const char *data, char c) {
+    uint32_t four = (unsigned char)c * 0x01010101u;
+    tcpsrv__4x4 fours = { four, four, four, four };
+    tcpsrv__16 wanted = (tcpsrv__16)fours;
     return tcpsrv__find_in_16(data, wanted) | tcpsrv__find_in_16(data + 16, wanted) << 16 |
            tcpsrv__find_in_16(data + 32, wanted) << 32 |
            tcpsrv__find_in_16(data + 48, wanted) << 48;
@@ -1316,7 +1319,7 @@ TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
 
 #define TCPSRV__LOWEST(bits) ((unsigned)__builtin_ctzll(bits))
 #else
-TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
+TCPSRV__INLINE uint64_t tcpsrv__find_in_64(const char *data, char c) {
     (void)data, (void)c;
     return 0;
 }
@@ -1324,17 +1327,15 @@ TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c) {
 #define TCPSRV__LOWEST(bits) 0u
 #endif
 
-/* Where c is among the next 64 of so many bytes; SIZE_MAX: not there. */
-TCPSRV__INLINE size_t tcpsrv__find_char_near(const char *data, char c, size_t size) {
-    uint64_t bits = tcpsrv__find_near(data, c);
-    if (size < TCPSRV__FIND_BEHIND) bits &= ((uint64_t)1 << size) - 1;
-    return TCPSRV__LIKELY(bits) ? TCPSRV__LOWEST(bits) : SIZE_MAX;
+/* The same of size bytes, one at least, and none behind them. */
+TCPSRV__INLINE uint64_t tcpsrv__find_near(const char *data, char c, size_t size) {
+    uint64_t bits = tcpsrv__find_in_64(data, c);
+    return size < TCPSRV__FIND_BEHIND ? bits << (-size & 63) >> (-size & 63) : bits;
 }
 
 /* Whether c is among so many bytes, and where. */
 TCPSRV__INLINE int tcpsrv__find_char(const char *data, char c, size_t size, size_t *at) {
-    uint64_t bits = tcpsrv__find_near(data, c);
-    if (size < TCPSRV__FIND_BEHIND) bits &= ((uint64_t)1 << size) - 1;
+    uint64_t bits = tcpsrv__find_near(data, c, size);
     *at = TCPSRV__LIKELY(bits) ? TCPSRV__LOWEST(bits) : tcpsrv__find_char_within(data, c, size);
     return TCPSRV__LIKELY(bits) || *at < size;
 }
@@ -2961,7 +2962,7 @@ struct tcpsrv_loop {
     char *out_from;             /* what is written to the corked stream: from here */
     tcpsrv__block *outbox;      /* as inbox */
     char *out_at;               /* to here, */
-    int has_boxes;
+    uintptr_t lacking;          /* not 0: a box, or spent is not given back */
     size_t out_room;            /* with so many bytes free behind */
     tcpsrv__source *ready_first, *ready_last, *flush_first, *flush_last, *gone;
     tcpsrv__slot *slots;
@@ -3741,6 +3742,7 @@ TCPSRV_IMPL tcpsrv_loop *tcpsrv_loop_new(void) {
     loop->wake.id = 0;
     err = -pthread_mutex_init(&loop->post_lock, NULL);
     if (err) goto fail_slots;
+    loop->lacking = 1;
     loop->pid = tcpsrv__sys_pid();
     loop->mark = tcpsrv__sys_map_mark();
     loop->now = tcpsrv__clock_ns();
@@ -5183,7 +5185,7 @@ static TCPSRV__APART void tcpsrv__uncork_now(tcpsrv_loop *loop) {
     box->begin = 0;
     box->end = (size_t)(loop->out_at - box->data);
     loop->outbox = NULL;
-    loop->has_boxes = 0;
+    loop->lacking = 1;
     tcpsrv__queue_push(&stream->out, box);
     tcpsrv__make_flushing(&stream->source);
 }
@@ -5194,7 +5196,7 @@ static TCPSRV__APART void tcpsrv__uncork(const tcpsrv_stream *stream) {
 
 /* Where one is missing the next event goes the long way, which makes it. */
 static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
-    if (loop->has_boxes) return;
+    if (!loop->lacking) return;
     if (loop->spent) tcpsrv__block_give(loop, loop->spent);
     loop->spent = NULL;
     if (!loop->inbox) {
@@ -5202,7 +5204,7 @@ static TCPSRV__COLD void tcpsrv__boxes_make(tcpsrv_loop *loop) {
         if (loop->inbox) loop->inbox->pool = TCPSRV__POOL_INBOX;
     }
     if (!loop->outbox) loop->outbox = tcpsrv__block_take_class(loop, TCPSRV__POOL_INPUT);
-    loop->has_boxes = loop->inbox && loop->outbox;
+    loop->lacking = !loop->inbox || !loop->outbox;
 }
 
 /* ---- what a stream holds --------------------------------------------------------------------- */
@@ -5251,7 +5253,7 @@ static TCPSRV__APART void tcpsrv__input_give_up(tcpsrv_stream *stream) {
     if (in && in->pool >= TCPSRV__POOL_NONE) {
         if (loop->corked == stream && !loop->spent) {
             loop->spent = in;
-            loop->has_boxes = 0;
+            loop->lacking = 1;
         } else {
             tcpsrv__gather(stream);
             tcpsrv__block_give(loop, in);
@@ -5620,7 +5622,7 @@ static TCPSRV__NOINLINE void tcpsrv__input_trim(tcpsrv_stream *stream) {
     } else if (in->pool == TCPSRV__POOL_INBOX) {
         in->pool = TCPSRV__POOL_INPUT;
         loop->inbox = NULL;
-        loop->has_boxes = 0;
+        loop->lacking = 1;
     }
 }
 
@@ -6495,18 +6497,18 @@ static void tcpsrv__stream_event(tcpsrv__source *source, int events) {
     tcpsrv_stream *stream = tcpsrv__stream_of(source);
     tcpsrv_loop *loop = source->loop;
     if (TCPSRV__LIKELY(events == TCPSRV__EVENT_READ && stream->read_fn &&
-                       !((uintptr_t)stream->in | (uintptr_t)stream->out.last) &&
+                       !((uintptr_t)stream->in | (uintptr_t)stream->out.last | loop->lacking) &&
                        !(stream->dead || stream->closing || stream->cancelled ||
                          stream->connecting || stream->unpolled || stream->ended || stream->deep ||
                          stream->foreign || stream->shut_wanted || stream->blocked ||
-                         stream->bulk || stream->winding || stream->timed || stream->readable) &&
-                       loop->has_boxes)) {
+                         stream->bulk || stream->winding || stream->timed || stream->readable))) {
         if (stream->extra) stream->extra->active = loop->now;
         if (stream->lane == TCPSRV__LANE_LINE) {
             tcpsrv__serve_callbacks(stream, loop);
-        } else if (stream->lane == TCPSRV__LANE_OWN && !stream->wide) {
-            tcpsrv__serve_coroutine(stream, loop);
-        } else if (stream->lane != TCPSRV__LANE_LONG) {
+        } else if (stream->lane == TCPSRV__LANE_OWN) {
+            if (stream->wide) tcpsrv__serve_other(stream, loop);
+            else tcpsrv__serve_coroutine(stream, loop);
+        } else if (stream->lane == TCPSRV__LANE_OTHER) {
             tcpsrv__serve_other(stream, loop);
         } else {
             tcpsrv__stream_told(stream, events);
@@ -6853,11 +6855,13 @@ static TCPSRV__APART int tcpsrv__await_long(tcpsrv_stream *stream, const char *d
 static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const char *delimiter,
                                                    size_t max, tcpsrv_bytes *bytes) {
     tcpsrv__block *in = stream->in;
+    uint64_t bits;
     size_t found;
     if (stream->burst >= TCPSRV__BURST || in->capacity - in->end < TCPSRV__FIND_BEHIND ||
         (in->pool != TCPSRV__POOL_HOME && tcpsrv__block_is_loose(in, tcpsrv__block_size(in))))
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
-    found = tcpsrv__find_char_near(in->data + in->begin, *delimiter, tcpsrv__block_size(in));
+    bits = tcpsrv__find_near(in->data + in->begin, *delimiter, tcpsrv__block_size(in));
+    found = bits ? TCPSRV__LOWEST(bits) : SIZE_MAX;
     if (found > max - 1 || found >= stream->owner->options.max_buffer_size)
         return tcpsrv__await_long(stream, delimiter, max, bytes);
     bytes->data = in->data + in->begin;
