@@ -4799,6 +4799,7 @@ enum {
 };
 enum {
     TCPSRV__BURST = 200,            /* messages served from the buffer before others have a turn */
+    TCPSRV__SMALL = 8192,           /* a block in which a handler may look at the last of a burst */
     TCPSRV__LINGER_SIZE = 65536,
     TCPSRV__LINGER_MS = 2000
 };
@@ -6858,7 +6859,7 @@ static TCPSRV__NOINLINE int tcpsrv__await_buffered(tcpsrv_stream *stream, const 
     uint64_t bits;
     size_t found;
     if (stream->burst >= TCPSRV__BURST || in->capacity - in->end < TCPSRV__FIND_BEHIND ||
-        (in->pool != TCPSRV__POOL_HOME && tcpsrv__block_is_loose(in, tcpsrv__block_size(in))))
+        (in->capacity > TCPSRV__SMALL && tcpsrv__block_is_loose(in, tcpsrv__block_size(in))))
         return tcpsrv__await_char_anyhow(stream, delimiter, max, bytes);
     bits = tcpsrv__find_near(in->data + in->begin, *delimiter, tcpsrv__block_size(in));
     found = bits ? TCPSRV__LOWEST(bits) : SIZE_MAX;
