@@ -134,6 +134,11 @@ static void every_bad_file_is_named_with_what_is_wrong(void) {
     refused("text.pem", NULL, "@/text.pem: no PEM object in the file");
     refused("ec.der", NULL, "@/ec.der: no PEM object in the file; it looks like DER: convert it "
             "(openssl x509 -inform DER, or openssl pkey -inform DER)");
+    refused("ec.pem", "ec-key.der", "@/ec-key.der: no PEM object in the file; it looks like DER: "
+            "convert it (openssl x509 -inform DER, or openssl pkey -inform DER)");
+    refused("ec.pem", "nofile.key", "@/nofile.key: No such file or directory");
+    refused("ec.pem", "garbage.pem", "@/garbage.pem: PEM object 1 (CERTIFICATE) is not valid "
+            "base64");
     refused("garbage.pem", NULL, "@/garbage.pem: PEM object 1 (CERTIFICATE) is not valid base64");
     refused("cut.pem", NULL, "@/cut.pem: PEM object 1 (CERTIFICATE) has no END line "
             "(file cut short?)");
@@ -210,6 +215,67 @@ static void certificates_load_from_memory(void) {
     CHECK_STR(tcpsrv_last_error(), "key_pem: no PEM object in the file");
 }
 
+/* That the authority's file is refused: 1 as a client's, 2 as a server's for its clients. */
+static void authority_refused(const char *name, const char *text) {
+    char expected[400];
+    config made;
+    int role;
+    snprintf(expected, sizeof expected, "%s: %s", file(name), text);
+    for (role = 1; role <= 2; role++) {
+        config_init(&made, role == 1 ? "" : "ec", name);
+        if (role == 2) made.options.client_certificates = TCPSRV_TLS_OPTIONAL;
+        CHECK(!tcpsrv_tls_new(&made.options));
+        CHECK_STR(tcpsrv_last_error(), expected);
+    }
+}
+
+static void a_bad_file_of_authorities_is_named_too(void) {
+    authority_refused("nofile.pem", "No such file or directory");
+    authority_refused("empty.pem", "no PEM object in the file");
+    authority_refused("ec.der", "no PEM object in the file; it looks like DER: convert it "
+                      "(openssl x509 -inform DER, or openssl pkey -inform DER)");
+    authority_refused("garbage.pem", "PEM object 1 (CERTIFICATE) is not valid base64");
+    authority_refused("cut.pem", "PEM object 1 (CERTIFICATE) has no END line (file cut short?)");
+    authority_refused("hello.pem", "no certificate of an authority with a key that works (RSA, "
+                      "EC)");
+}
+
+static void a_file_that_may_not_be_read_is_named(void) {
+    int fd, root = geteuid() == 0;
+    need_certificates();
+    unlink(file("closed.pem"));
+    fd = open(file("closed.pem"), O_CREAT | O_WRONLY, 0);
+    CHECK(fd >= 0);
+    close(fd);
+    if (root) CHECK_INT(seteuid(65534), 0); /* whom the mode binds */
+    refused("closed.pem", NULL, "@/closed.pem: Permission denied");
+    if (root) CHECK_INT(seteuid(0), 0);
+    unlink(file("closed.pem"));
+}
+
+static void what_stands_in_memory_is_refused_by_its_place(void) {
+    static char text[20 * 8192];
+    const char *pem;
+    char *key;
+    config made;
+    size_t i;
+    config_init(&made, "", NULL);
+    pem = contents("ec.pem");
+    key = contents("ec.key");
+    made.options.certificate_count = 1;
+    made.pairs[0].certificate_pem = pem;
+    made.pairs[0].key_pem = key;
+    key[strlen(key) - 1] = 0; /* without its last line end it is whole all the same */
+    tcpsrv_tls_free(config_make(&made));
+    made.pairs[0].certificate_pem = "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n";
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "certificate_pem: PEM object 1 (CERTIFICATE) is empty");
+    for (i = 0; i < 17; i++) strcat(text, pem);
+    made.pairs[0].certificate_pem = text;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "certificate_pem: more than 16 certificates");
+}
+
 static void doubtful_files_load_with_a_warning(void) {
     char expected[400];
     config made;
@@ -264,8 +330,9 @@ static void strict_refuses_what_is_doubtful(void) {
 static void bad_options_are_refused_in_words(void) {
     static const char *const empty[] = { "h2", "", NULL };
     static char long_name[257];
-    const char *names[2] = { long_name, NULL };
+    const char *names[2] = { long_name, NULL }, *many[34] = { NULL };
     config made;
+    int n;
     config_init(&made, "ec", "");
     made.options.client_certificates = TCPSRV_TLS_OPTIONAL;
     CHECK(!tcpsrv_tls_new(&made.options));
@@ -279,6 +346,10 @@ static void bad_options_are_refused_in_words(void) {
     made.options.alpn = names;
     CHECK(!tcpsrv_tls_new(&made.options));
     CHECK_STR(tcpsrv_last_error(), "alpn: a name has 1 to 255 bytes, name 1 has 256");
+    for (n = 0; n < 33; n++) many[n] = "h2";
+    made.options.alpn = many;
+    CHECK(!tcpsrv_tls_new(&made.options));
+    CHECK_STR(tcpsrv_last_error(), "alpn: more than 32 names");
     made.options.alpn = NULL;
     made.options.ca_file = file("ec.key");
     CHECK(!tcpsrv_tls_new(&made.options));
@@ -2306,6 +2377,9 @@ static void forked_processes_have_randomness_of_their_own(void) {
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(every_bad_file_is_named_with_what_is_wrong),
+        TEST(a_bad_file_of_authorities_is_named_too),
+        TEST(a_file_that_may_not_be_read_is_named),
+        TEST(what_stands_in_memory_is_refused_by_its_place),
         TEST(every_kind_of_key_in_every_spelling_loads),
         TEST(certificates_load_from_memory),
         TEST(doubtful_files_load_with_a_warning),
