@@ -641,6 +641,45 @@ static void server_name_chooses_the_certificate(void) {
     tcpsrv_tls_free(server);
 }
 
+static br_ec_impl one_curve;
+
+/* The index of the certificate for a client that lacks suites with EC keys, or P-256; -1: none. */
+static int pair_without(tcpsrv_tls *server, int suites, unsigned curves) {
+    static const uint16_t rsa = BR_TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256;
+    tcpsrv_tls *client = client_tls(NULL);
+    duplex pair;
+    int index = -1;
+    duplex_open(&pair, client, "b.test", server);
+    one_curve = *br_ec_get_default();
+    one_curve.supported_curves = curves;
+    br_ssl_engine_set_ec(pair.client->core, &one_curve);
+    if (suites) br_ssl_engine_set_suites(pair.client->core, &rsa, 1);
+    CHECK(br_ssl_client_reset(&pair.client->context.client, "b.test", 0));
+    exchange(&pair);
+    if (!pair.server->error) both_are_done(&pair);
+    if (!pair.server->error) index = pair.server->core->session.cipher_suite == rsa;
+    if (index < 0) CHECK_INT(pair.client->error, TCPSRV_ETLS - 256 - 40);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    return index;
+}
+
+static void a_client_gets_the_certificate_it_can_read(void) {
+    const unsigned all = 1u << BR_EC_secp256r1 | 1u << BR_EC_secp384r1;
+    tcpsrv_tls *server;
+    config made;
+    config_init(&made, "rsa-fallback", "");
+    config_add(&made, "rsa");
+    server = config_make(&made);
+    CHECK_INT(pair_without(server, 0, all), 0);
+    CHECK_INT(pair_without(server, 1, all), 1);
+    CHECK_INT(pair_without(server, 0, 1u << BR_EC_secp384r1), 1);
+    tcpsrv_tls_free(server);
+    server = server_tls("rsa-fallback");
+    CHECK_INT(pair_without(server, 1, all), -1);
+    tcpsrv_tls_free(server);
+}
+
 static const char *asked_name;
 static int asked_times;
 
@@ -2145,6 +2184,21 @@ static int leave_at_once(tcpsrv_stream *stream, const tcpsrv_address *peer, void
     return 0;
 }
 
+static void start_tls_wants_a_host_name_to_verify(void) {
+    service here;
+    tcpsrv_stream *stream;
+    service_init(&here, echo_lines, NULL);
+    here.options.tls = NULL;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    talk_lines(stream);
+    CHECK(tcpsrv_start_tls(stream, here.client_tls, NULL) != 0);
+    CHECK_STR(tcpsrv_last_error(), "a host name is needed to verify the server (or no_verify)");
+    talk_lines(stream);
+    tcpsrv_abort(stream);
+    service_close(&here);
+}
+
 static void start_tls_wants_a_peer_that_still_speaks(void) {
     service here;
     tcpsrv_stream *stream;
@@ -2393,6 +2447,7 @@ int main(int argc, char **argv) {
         TEST(the_short_records_of_a_handshake_leave_together),
         TEST(bulk_data_keeps_its_bytes_and_order),
         TEST(server_name_chooses_the_certificate),
+        TEST(a_client_gets_the_certificate_it_can_read),
         TEST(on_sni_decides_and_refuses_with_alert_112),
         TEST(plain_text_on_a_tls_port_is_named_as_such),
         TEST(a_plain_server_is_named_by_the_client),
@@ -2441,6 +2496,7 @@ int main(int argc, char **argv) {
         TEST(a_read_timeout_leaves_its_bytes_and_the_stream),
         TEST(both_sides_go_on_in_tls),
         TEST(start_tls_refuses_plain_data_that_came_before_it),
+        TEST(start_tls_wants_a_host_name_to_verify),
         TEST(start_tls_wants_a_peer_that_still_speaks),
         TEST(a_failed_start_tls_leaves_the_stream_as_it_was),
         TEST(a_stream_that_will_be_tls_is_not_half_closed),
