@@ -529,6 +529,11 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
     conn->view_used = 0;
 }
 
+/* Whether its stream is dead. After a wait outside coroutines it may be gone: nobody asks it then. */
+static int model_is_dead(const model_conn *conn) {
+    return conn->outside || tcpsrv_error(conn->stream) != 0;
+}
+
 /* A read that ended with a code could not have been answered with what had come. */
 static void model_check_read_code(model_conn *conn, int code) {
     model_answer answer = model_expect(conn, model_input_ended(conn));
@@ -539,11 +544,11 @@ static void model_check_read_code(model_conn *conn, int code) {
                    (int)model_available(conn));
     if (oracle) return;
     model_check_code(conn, code, "read");
-    if (code == TCPSRV_ETIMEDOUT && !tcpsrv_error(conn->stream) && !sim.alloc_failed &&
+    if (code == TCPSRV_ETIMEDOUT && !model_is_dead(conn) && !sim.alloc_failed &&
         (!conn->read_due || sim.now < conn->read_due))
         sim_broken(2, "stream %d: a read timed out before its time", conn->number);
     if (code == -ENOMEM) conn->lost = 1;
-    if (conn->want.kind == WANT_INTO && sim.alloc_failed && tcpsrv_error(conn->stream))
+    if (conn->want.kind == WANT_INTO && sim.alloc_failed && model_is_dead(conn))
         conn->lost = 1; /* a dead stream had no memory to take them back */
     if (code == TCPSRV_ECLOSED || code == TCPSRV_ECANCELED || conn->lost) return;
     if ((code == TCPSRV_ETIMEDOUT || code == TCPSRV_EBUFFULL) && !conn->coroutine)
