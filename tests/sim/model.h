@@ -529,7 +529,7 @@ static void model_check_data(model_conn *conn, tcpsrv_bytes bytes) {
     conn->view_used = 0;
 }
 
-/* Whether its stream is dead. After a wait outside coroutines it may be gone: nobody asks it then. */
+/* Whether its stream is dead. After a wait outside coroutines it may be gone, and is not asked. */
 static int model_is_dead(const model_conn *conn) {
     return conn->outside || tcpsrv_error(conn->stream) != 0;
 }
