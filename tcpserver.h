@@ -7452,7 +7452,7 @@ typedef struct tcpsrv__pem {
     br_pem_decoder_context decoder;
     const char *place;              /* the file, or what else the text is called */
     const char *text;
-    size_t size, used;
+    size_t size, used, begin;       /* begin: behind the BEGIN line */
     char *owned;                    /* the text, where it was read from a file */
     unsigned char *der;             /* of the object that was found last */
     size_t der_size, der_room;
@@ -7517,6 +7517,7 @@ static TCPSRV__COLD void tcpsrv__pem_begin(tcpsrv__pem *pem) {
     memcpy(pem->name, name, size);
     pem->name[size] = 0;
     pem->number++;
+    pem->begin = pem->used;
     pem->der_size = 0;
     br_pem_decoder_setdest(&pem->decoder, tcpsrv__pem_take, pem);
 }
@@ -7526,13 +7527,21 @@ static int tcpsrv__pem_is_key(const tcpsrv__pem *pem) {
     return size >= 11 && strcmp(pem->name + size - 11, "PRIVATE KEY") == 0;
 }
 
+/* Whether the dashes that come next are those of an END line. */
+static TCPSRV__COLD int tcpsrv__pem_has_end(const tcpsrv__pem *pem) {
+    size_t left = pem->begin < pem->size ? pem->size - pem->begin : 0;
+    const char *dashes = tcpsrv__find_long(pem->text + pem->size - left, left, "-----", 5);
+    return dashes && pem->text + pem->size - dashes >= 9 && memcmp(dashes + 5, "END ", 4) == 0;
+}
+
 static TCPSRV__COLD int tcpsrv__pem_bad(const tcpsrv__pem *pem) {
     /* A key encrypted in the old way has header lines, which are no base64 (RFC 1421 4.6.1.1). */
     if (tcpsrv__pem_is_key(pem) && tcpsrv__find_long(pem->text, pem->size, "ENCRYPTED", 9))
         return tcpsrv__tls_fail("%s: the key is encrypted with a passphrase; decrypt it first "
                                 "(openssl pkey -in ...)", pem->place);
-    return tcpsrv__tls_fail("%s: PEM object %d (%s) is not valid base64", pem->place, pem->number,
-                            pem->name);
+    return tcpsrv__tls_fail("%s: PEM object %d (%s) %s", pem->place, pem->number, pem->name,
+                            tcpsrv__pem_has_end(pem) ? "is not valid base64"
+                                                     : "has no END line (file cut short?)");
 }
 
 /* The decoder sees an END line only when its own end is there: one more line end is given to it. */
@@ -7564,8 +7573,7 @@ static TCPSRV__COLD int tcpsrv__pem_next(tcpsrv__pem *pem) {
         default: break;
         }
     }
-    if (inside) return tcpsrv__tls_fail("%s: PEM object %d (%s) has no END line (file cut short?)",
-                                        pem->place, pem->number, pem->name);
+    if (inside) return tcpsrv__pem_bad(pem);
     if (pem->number) return 0;
     if (pem->size && (unsigned char)pem->text[0] == TCPSRV__DER_SEQUENCE)
         return tcpsrv__tls_fail("%s: no PEM object in the file; it looks like DER: convert it "

@@ -172,6 +172,56 @@ static void every_bad_file_is_named_with_what_is_wrong(void) {
     refused("hello.pem", NULL, "@/hello.pem: certificate 1 is none");
 }
 
+static char *contents(const char *name) {
+    static char texts[4][8192];
+    static int n;
+    char *text = texts[n++ % 4];
+    FILE *from = fopen(file(name), "r");
+    CHECK(from);
+    text[fread(text, 1, sizeof texts[0] - 1, from)] = 0;
+    fclose(from);
+    return text;
+}
+
+static void pem_is_refused(const tcpsrv_tls_options *options, const char *what) {
+    char expected[200];
+    snprintf(expected, sizeof expected, "certificate_pem: PEM object 1 (CERTIFICATE) %s", what);
+    CHECK(!tcpsrv_tls_new(options));
+    CHECK_STR(tcpsrv_last_error(), expected);
+}
+
+/* Wherever it is cut: in the midst of a line, or of four letters that belong together, or of the
+   dashes; and also where another text follows. */
+static void a_text_that_is_cut_short_is_told_from_a_damaged_one(void) {
+    static const char begin[] = "-----BEGIN CERTIFICATE-----";
+    char text[8192], *at;
+    const char *pem, *end;
+    config made;
+    config_init(&made, "", NULL);
+    pem = contents("ec.pem");
+    end = strstr(pem, "-----END ");
+    CHECK(end);
+    made.pairs[0].certificate_pem = text;
+    made.pairs[0].key_pem = contents("ec.key");
+    made.options.certificate_count = 1;
+    strcpy(text, pem);
+    for (at = text + (end - pem) + 8; at > text + 22; at--) {
+        *at = 0;
+        pem_is_refused(&made.options, "has no END line (file cut short?)");
+        if (at < text + sizeof begin || at > text + (end - pem)) continue;
+        strcpy(at, pem);
+        pem_is_refused(&made.options, "has no END line (file cut short?)");
+    }
+    strcpy(text, pem);
+    for (at = text + sizeof begin; at < text + (end - pem); at++) {
+        char was = *at;
+        *at = was == '\n' ? 'A' : '!';
+        pem_is_refused(&made.options, "is not valid base64");
+        *at = was;
+    }
+    tcpsrv_tls_free(config_make(&made));
+}
+
 static void every_kind_of_key_in_every_spelling_loads(void) {
     static const char *const names[][2] = {
         { "ec.pem", "ec.key" }, { "ec.pem", "ec-pkcs8.key" }, { "ec.pem", "ec-params.key" },
@@ -188,17 +238,6 @@ static void every_kind_of_key_in_every_spelling_loads(void) {
         made.options.certificate_count = 1;
         tcpsrv_tls_free(config_make(&made));
     }
-}
-
-static char *contents(const char *name) {
-    static char texts[4][8192];
-    static int n;
-    char *text = texts[n++ % 4];
-    FILE *from = fopen(file(name), "r");
-    CHECK(from);
-    text[fread(text, 1, sizeof texts[0] - 1, from)] = 0;
-    fclose(from);
-    return text;
 }
 
 static void certificates_load_from_memory(void) {
@@ -2437,6 +2476,7 @@ static void forked_processes_have_randomness_of_their_own(void) {
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(every_bad_file_is_named_with_what_is_wrong),
+        TEST(a_text_that_is_cut_short_is_told_from_a_damaged_one),
         TEST(a_bad_file_of_authorities_is_named_too),
         TEST(a_file_that_may_not_be_read_is_named),
         TEST(what_stands_in_memory_is_refused_by_its_place),
