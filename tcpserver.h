@@ -8704,7 +8704,7 @@ static TCPSRV__COLD int tcpsrv__engine_start(tcpsrv__engine *engine, const char 
         err = tcpsrv__verifier_make(engine);
     engine->records = tcpsrv__records_take(engine->pool);
     if (!err && !engine->records) err = -ENOMEM;
-    if (!err) err = tcpsrv__sys_random(seed, sizeof seed);
+    if (!err && tcpsrv__sys_random(seed, sizeof seed) != 0) err = TCPSRV_ETLS - BR_ERR_NO_RANDOM;
     if (err) return err;
     br_ssl_engine_set_buffers_bidi(engine->core, engine->records, BR_SSL_BUFSIZE_INPUT,
                                    engine->records + BR_SSL_BUFSIZE_INPUT,

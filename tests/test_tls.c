@@ -6,6 +6,7 @@
 
 #if defined(TCPSERVER_TLS)
 #include <bearssl.h>
+#include <sys/resource.h>
 
 /* Every look at the clock may take time: then handshakes do. And whose steps those were. */
 static uint64_t look_ns, looks_ns;
@@ -35,6 +36,26 @@ static time_t shifted_time(time_t *at) {
     return time(at) + days_off * 86400;
 }
 
+/* A system that has no randomness, and processors of all kinds. */
+static int no_random, has_aes = -1, has_pclmul = -1; /* -1: as it is */
+
+static int may_have_no_random(void *memory, size_t size) {
+    if (!no_random) return getentropy(memory, size);
+    errno = ENOSYS;
+    return -1;
+}
+
+static const br_block_ctr_class *aes_of_processor(void) {
+    return has_aes < 0 ? br_aes_x86ni_ctr_get_vtable() : has_aes ? &br_aes_ct_ctr_vtable : NULL;
+}
+
+static br_ghash pclmul_of_processor(void) {
+    return has_pclmul < 0 ? br_ghash_pclmul_get() : has_pclmul ? br_ghash_ctmul : NULL;
+}
+
+#define getentropy(memory, size) may_have_no_random(memory, size)
+#define br_aes_x86ni_ctr_get_vtable() aes_of_processor()
+#define br_ghash_pclmul_get() pclmul_of_processor()
 #define clock_gettime(id, now) slow_clock(id, now)
 #define time(at) shifted_time(at)
 #define br_ssl_engine_recvrec_ack(core, size) note_step(core, size)
@@ -725,6 +746,87 @@ static void a_client_gets_the_certificate_it_can_read(void) {
     tcpsrv_tls_free(server);
 }
 
+/* The index of the certificate for a client that asks for that name and reads signatures by RSA
+   alone, or with that hash alone; -1: none. With which hash the server signs: *hash. */
+static int pair_signing(tcpsrv_tls *server, const char *name, int rsa_alone, int only, int *hash) {
+    static const uint16_t suites[2] = { BR_TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+                                        BR_TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 };
+    tcpsrv_tls *client = client_tls(NULL);
+    duplex pair;
+    int id, index;
+    duplex_open(&pair, client, name, server);
+    br_ssl_engine_set_suites(pair.client->core, suites, 2);
+    if (rsa_alone) br_ssl_engine_set_ecdsa(pair.client->core, NULL);
+    for (id = br_sha256_ID; only && id <= br_sha512_ID; id++)
+        if (id != only) br_ssl_engine_set_hash(pair.client->core, id, NULL);
+    CHECK(br_ssl_client_reset(&pair.client->context.client, name, 0));
+    exchange(&pair);
+    index = pair.server->error ? -1 : pair.server->pair;
+    *hash = (int)pair.server->context.server.sign_hash_id & 0xff;
+    if (index >= 0) both_are_done(&pair);
+    else CHECK_INT(pair.client->error, TCPSRV_ETLS - 256 - 40);
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    return index;
+}
+
+static void a_client_gets_the_certificate_whose_signatures_it_can_read(void) {
+    tcpsrv_tls *server;
+    config made;
+    int hash;
+    config_init(&made, "ec", "");
+    config_add(&made, "rsa-fallback");
+    config_add(&made, "rsa");
+    server = config_make(&made);
+    CHECK_INT(pair_signing(server, "b.test", 0, 0, &hash), 1);
+    CHECK_INT(hash, br_sha256_ID);
+    CHECK_INT(pair_signing(server, "b.test", 1, 0, &hash), 2); /* of the same name */
+    CHECK_INT(pair_signing(server, "localhost", 1, 0, &hash), 2); /* rather another name than none */
+    CHECK_INT(hash, br_sha256_ID);
+    CHECK_INT(pair_signing(server, "localhost", 0, br_sha384_ID, &hash), 0);
+    CHECK_INT(hash, br_sha384_ID);
+    CHECK_INT(pair_signing(server, "localhost", 1, br_sha384_ID, &hash), 2);
+    CHECK_INT(hash, br_sha384_ID);
+    tcpsrv_tls_free(server);
+    server = server_tls("ec");
+    CHECK_INT(pair_signing(server, "localhost", 1, 0, &hash), -1);
+    tcpsrv_tls_free(server);
+}
+
+/* What a client and a server agree on, both with such a processor and two kinds of key. */
+static void suites_of(int aes, int pclmul, const char *ecdsa, const char *rsa) {
+    static const char *const keys[2] = { "ec", "rsa" };
+    tcpsrv_tls *client, *server;
+    duplex pair;
+    int i;
+    for (i = 0; i < 2; i++) {
+        has_aes = !aes;
+        has_pclmul = !pclmul; /* the server decides, not the client */
+        client = client_tls(NULL);
+        has_aes = aes;
+        has_pclmul = pclmul;
+        server = server_tls(keys[i]);
+        duplex_open(&pair, client, "localhost", server);
+        exchange(&pair);
+        both_are_done(&pair);
+        CHECK_STR(tcpsrv__suite_name(pair.server->core->session.cipher_suite), i ? rsa : ecdsa);
+        duplex_close(&pair);
+        tcpsrv_tls_free(client);
+        tcpsrv_tls_free(server);
+    }
+}
+
+/* AES-GCM needs both of them to be fast. */
+static void the_suite_that_the_servers_processor_does_fast_comes_first(void) {
+    int help;
+    need_certificates();
+    suites_of(1, 1, "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256",
+              "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256");
+    for (help = 0; help < 3; help++)
+        suites_of(help == 1, help == 2, "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256",
+                  "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256");
+}
+
 static const char *asked_name;
 static int asked_times;
 
@@ -908,6 +1010,91 @@ static void a_hello_in_many_records_still_asks_for_its_name(void) {
     CHECK(answer_to(server, split, n, reply, &reply_size) != 0);
     CHECK_INT(asked_times, 1);
     CHECK(reply_size == 7 && reply[0] == 21 && reply[6] == 40);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* The list of signature algorithms in a hello, pairs of hash and kind of key, behind its sizes. */
+static unsigned char *signatures_in(unsigned char *hello) {
+    unsigned char *at = hello + extensions_at(hello) + 2;
+    while (at[0] != 0 || at[1] != 13) at += 4 + ((size_t)at[2] << 8 | at[3]);
+    return at + 6;
+}
+
+/* With which hash the server signs for a client that says so; 0: it is refused. */
+static int signs_with(tcpsrv_tls *server, const unsigned char *hello, size_t size) {
+    tcpsrv__engine *engine = engine_new(server, 0, NULL);
+    int hash = 0;
+    CHECK_INT(tcpsrv__engine_feed(engine, hello, size), size);
+    tcpsrv__engine_took(engine, next_flight(engine));
+    if (!engine->error) hash = (int)engine->context.server.sign_hash_id & 0xff;
+    else CHECK_INT(engine->error, TCPSRV_ETLS - 512 - 40);
+    tcpsrv__engine_free(engine);
+    return hash;
+}
+
+/* A client may read other hashes in signatures by EC than in those by RSA. One that says nothing
+   means SHA-1 (RFC 5246 7.4.1.4.1), with which nothing is signed here. */
+static void each_kind_of_key_signs_with_a_hash_of_its_own(void) {
+    static const char *const keys[2] = { "ec", "rsa" };
+    static const unsigned char kinds[2] = { 3, 1 };
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    unsigned char hello[2048], *at, *end;
+    size_t size;
+    int i;
+    for (i = 0; i < 2; i++) {
+        server = server_tls(keys[i]);
+        size = hello_of(client, "localhost", hello);
+        CHECK_INT(signs_with(server, hello, size), br_sha256_ID);
+        at = signatures_in(hello);
+        end = at + ((size_t)at[-2] << 8 | at[-1]);
+        for (; at < end; at += 2)
+            if (at[0] == br_sha256_ID && at[1] == kinds[i]) at[0] = br_sha512_ID;
+        CHECK_INT(signs_with(server, hello, size), br_sha384_ID);
+        for (at = signatures_in(hello); at < end; at += 2)
+            if (at[1] == kinds[i]) at[0] = br_sha1_ID;
+        CHECK_INT(signs_with(server, hello, size), 0);
+        signatures_in(hello)[-5] = 99; /* an extension that nobody knows */
+        CHECK_INT(signs_with(server, hello, size), 0);
+        tcpsrv_tls_free(server);
+    }
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(client);
+}
+
+/* ---- engines: randomness --------------------------------------------------------------------- */
+
+enum { NO_RANDOM = TCPSRV_ETLS - BR_ERR_NO_RANDOM };
+
+static void without_randomness_no_handshake_begins(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls("ca.pem");
+    tcpsrv__engine *engine;
+    unsigned char hello[2048];
+    size_t size = hello_of(client, "localhost", hello), reply_size;
+    char reply[16];
+    no_random = 1;
+    CHECK_INT(tcpsrv__engine_new(client, 1, "localhost", &pool, &engine), NO_RANDOM);
+    CHECK(!engine);
+    CHECK_INT(answer_to(server, hello, size, reply, &reply_size), NO_RANDOM);
+    CHECK_INT(reply_size, 0);
+    CHECK_STR(tcpsrv_strerror(NO_RANDOM), "no randomness from the system");
+    no_random = 0;
+    talk(client, "localhost", server);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* A server that has run out of them goes on. */
+static void a_handshake_needs_no_descriptor(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls("ca.pem");
+    struct rlimit was, none;
+    CHECK_INT(getrlimit(RLIMIT_NOFILE, &was), 0);
+    none = was;
+    none.rlim_cur = 0;
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &none), 0);
+    CHECK(open("/dev/urandom", O_RDONLY) < 0 && errno == EMFILE);
+    talk(client, "localhost", server);
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &was), 0);
     tcpsrv_tls_free(client);
     tcpsrv_tls_free(server);
 }
@@ -1844,6 +2031,36 @@ static void a_silent_client_is_dropped_at_the_handshake_timeout(void) {
     service_close(&here);
 }
 
+static void a_connection_without_randomness_says_so_and_the_next_one_works(void) {
+    unsigned char hello[2048];
+    size_t size;
+    service here;
+    tcpsrv_stream *stream;
+    int fd;
+    service_open(&here, echo_lines, NULL);
+    size = hello_of(here.client_tls, "localhost", hello);
+    no_random = 1;
+    stream = dial(&here, here.client_tls);
+    CHECK_INT(tcpsrv_wait_handshake(stream), NO_RANDOM);
+    tcpsrv_close(stream);
+    turns_until(has_handler_ended);
+    handlers_done = 0;
+    log_lines[0] = 0;
+    fd = dial_plain(&here);
+    CHECK_INT(send(fd, hello, size, 0), size);
+    turns_until(has_handler_ended);
+    CHECK_INT(handler_result, NO_RANDOM);
+    CHECK(strncmp(log_lines, "2 connection from 127.0.0.1:", 28) == 0);
+    CHECK(strstr(log_lines, ": no randomness from the system\n"));
+    close(fd);
+    no_random = 0;
+    stream = dial(&here, here.client_tls);
+    talk_lines(stream);
+    tcpsrv_close(stream);
+    tcpsrv__records_free(&pool);
+    service_close(&here);
+}
+
 static void a_server_that_is_not_trusted_fails_the_clients_first_read(void) {
     service here;
     tcpsrv_stream *stream;
@@ -2267,6 +2484,11 @@ static void a_failed_start_tls_leaves_the_stream_as_it_was(void) {
     service_start(&here);
     stream = dial(&here, NULL);
     talk_lines(stream);
+    no_random = 1;
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), NO_RANDOM);
+    CHECK(strstr(tcpsrv_last_error(), "no randomness from the system"));
+    no_random = 0;
+    talk_lines(stream);
     for (n = 1; err; n++) {
         CHECK(n < 100);
         test_fail_alloc_at = n;
@@ -2494,11 +2716,16 @@ int main(int argc, char **argv) {
         TEST(bulk_data_keeps_its_bytes_and_order),
         TEST(server_name_chooses_the_certificate),
         TEST(a_client_gets_the_certificate_it_can_read),
+        TEST(a_client_gets_the_certificate_whose_signatures_it_can_read),
+        TEST(the_suite_that_the_servers_processor_does_fast_comes_first),
         TEST(on_sni_decides_and_refuses_with_alert_112),
         TEST(plain_text_on_a_tls_port_is_named_as_such),
         TEST(a_plain_server_is_named_by_the_client),
         TEST(old_and_new_versions_get_a_well_formed_alert_70),
         TEST(a_hello_in_many_records_still_asks_for_its_name),
+        TEST(each_kind_of_key_signs_with_a_hash_of_its_own),
+        TEST(without_randomness_no_handshake_begins),
+        TEST(a_handshake_needs_no_descriptor),
         TEST(a_session_resumes_for_its_name_and_its_time),
         TEST(the_session_cache_is_bounded_and_can_be_off),
         TEST(a_resumed_session_with_foreign_alpn_crashes_nothing),
@@ -2528,6 +2755,7 @@ int main(int argc, char **argv) {
         TEST(a_handler_may_be_gone_before_the_handshake),
         TEST(a_plain_client_ends_its_stream_and_is_logged_with_its_address),
         TEST(a_silent_client_is_dropped_at_the_handshake_timeout),
+        TEST(a_connection_without_randomness_says_so_and_the_next_one_works),
         TEST(a_server_that_is_not_trusted_fails_the_clients_first_read),
         TEST(a_host_name_is_needed_to_verify),
         TEST(new_certificates_serve_new_connections_and_old_ones_go_on),

@@ -83,6 +83,13 @@ static ssize_t net_sendmsg(int fd, const struct msghdr *message, int flags) {
     return send(fd, message->msg_iov[0].iov_base, (size_t)n, flags);
 }
 
+static int net_entropy(void *memory, size_t size) {
+    if (net_fails_at <= 0 || --net_fails_at > 0) return getentropy(memory, size);
+    errno = EIO;
+    return -1;
+}
+
+#define getentropy(memory, size) net_entropy(memory, size)
 #define read(fd, memory, size) net_read(fd, memory, size)
 #define recv(fd, memory, size, flags) net_recv(fd, memory, size, flags)
 #define send(fd, memory, size, flags) net_send(fd, memory, size, flags)

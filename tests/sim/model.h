@@ -253,6 +253,11 @@ static int model_input_ended(const model_conn *conn) {
     return model_told_end(conn) && (!conn->secure || conn->stream->eof);
 }
 
+static int model_lacks_randomness(int code) {
+    return code == TCPSRV_ETLS - BR_ERR_NO_RANDOM &&
+           (sim_noted(sim.injected, EIO) || sim_noted(sim.injected, ENOSYS));
+}
+
 /* Whether TLS may end with this code. */
 static int model_secure_may_end(const model_conn *conn, int code) {
     const sim_dir *in = &conn->link->dir[!conn->side];
@@ -314,6 +319,11 @@ static int model_told_end(const model_conn *conn) {
 
 static int model_input_ended(const model_conn *conn) {
     return conn->object->told_end;
+}
+
+static int model_lacks_randomness(int code) {
+    (void)code;
+    return 0;
 }
 
 static int model_secure_may_end(const model_conn *conn, int code) {
@@ -470,6 +480,7 @@ static int model_may_end(const model_conn *conn, int code) {
     case -EPIPE: if (conn->link->is_pipe && conn->link->end[1].closed) return 1; break;
     default: break;
     }
+    if (model_lacks_randomness(code)) return 1;
     if (conn->secure && model_secure_may_end(conn, code)) return 1;
     if (conn->client && (code <= TCPSRV_ERESOLVE ||
                          (code > -192 && sim_noted(sim.told_connecting, -code))))
