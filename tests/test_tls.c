@@ -1287,6 +1287,7 @@ static void optional_client_certificates_are_verified_all_the_same(void) {
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "", &client), 0);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "alice", &client), 0);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "bob", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "any.test", &client), 0);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "stray", &client), TCPSRV_ETLS - 62);
     CHECK_INT(client, TCPSRV_ETLS - 256 - 48);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "foreign", &client), TCPSRV_ETLS - 62);
@@ -1299,6 +1300,7 @@ static void optional_client_certificates_are_verified_all_the_same(void) {
 static void required_client_certificates_are_required_and_verified(void) {
     int client;
     CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "alice", &client), 0);
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "any.test", &client), 0);
     CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "", &client) != 0, 1);
     CHECK_INT(client, TCPSRV_ETLS - 256 - 40);
     CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "stray", &client), TCPSRV_ETLS - 62);
@@ -1339,7 +1341,9 @@ static void a_resumed_session_keeps_the_clients_identity(void) {
 /* ---- engines: certificates of servers -------------------------------------------------------- */
 
 /* A client that trusts that authority and wants that host, and a server that shows a certificate:
-   the client's code. */
+   the client's code, and what the server is told in heard. */
+static int heard;
+
 static int trusting(const char *ca, const char *host, const char *chain, const char *key) {
     tcpsrv_tls *server, *client = client_tls(ca);
     duplex pair;
@@ -1351,6 +1355,7 @@ static int trusting(const char *ca, const char *host, const char *chain, const c
     duplex_open(&pair, client, host, server);
     exchange(&pair);
     error = pair.client->error;
+    heard = pair.server->error;
     if (!error) both_are_done(&pair);
     if (!error) CHECK_INT(pair.client->peer->verified, ca != NULL);
     if (error) CHECK(!(state(pair.client) & TCPSRV__ENGINE_DONE));
@@ -1370,8 +1375,65 @@ static void a_client_verifies_chain_host_time_and_usage(void) {
     CHECK_INT(trusting("ca.pem", "localhost", NULL, "expired"), TCPSRV_ETLS - 54);
     CHECK_INT(trusting("ca.pem", "alice.test", NULL, "alice"), TCPSRV_ETLS_USAGE);
     CHECK_INT(trusting("ca.pem", "plain.test", NULL, "plain"), 0);
+    CHECK_INT(trusting("ca.pem", "any.test", NULL, "any.test"), 0);
     CHECK_INT(trusting("ca.pem", "localhost", "chain.pem", "deep"), 0);
     CHECK_INT(trusting("ca.pem", "localhost", NULL, "deep"), TCPSRV_ETLS - 62);
+}
+
+/* One that is no authority is trusted for itself, and vouches for none (RFC 5280 4.2.1.9). */
+static void only_an_authority_vouches_for_others(void) {
+    int client;
+    CHECK_INT(trusting("ec.pem", "localhost", NULL, "ec"), 0);
+    CHECK_INT(trusting("ec.pem", "minor.test", NULL, "minor"), TCPSRV_ETLS - 62);
+    CHECK_INT(trusting("ec.pem", "minor.test", "minor-chain.pem", "minor"), TCPSRV_ETLS - 58);
+    CHECK_INT(trusting("ca.pem", "minor.test", "minor-chain.pem", "minor"), TCPSRV_ETLS - 58);
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 58),
+              "certificate was issued by one that is no authority");
+    CHECK_INT(trusting("minor.pem", "minor.test", NULL, "minor"), 0);
+    CHECK_INT(showing(TCPSRV_TLS_REQUIRED, "minor", &client), TCPSRV_ETLS - 62);
+}
+
+/* A server that is refused hears why: BearSSL itself would say nothing. */
+static void a_server_hears_in_an_alert_why_it_is_refused(void) {
+    trusting("ca.pem", "elsewhere.test", NULL, "ec");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 42);
+    trusting("ca.pem", "127.0.0.2", NULL, "ec");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 42);
+    trusting("ca.pem", "minor.test", "minor-chain.pem", "minor");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 42);
+    trusting("ca.pem", "alice.test", NULL, "alice");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 43);
+    trusting("ca.pem", "localhost", NULL, "expired");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 45);
+    trusting("other-ca.pem", "localhost", NULL, "ec");
+    CHECK_INT(heard, TCPSRV_ETLS - 256 - 48);
+}
+
+/* The peer's alerts, those of TLS 1.3 among them: each is named. */
+static void every_alert_of_a_peer_has_a_text(void) {
+    tcpsrv_tls *client = client_tls(NULL);
+    unsigned char record[7] = { 21, 3, 3, 0, 2, 2, 0 };
+    char expected[40];
+    int number, named = 0;
+    for (number = 1; number < 256; number++) { /* 0 is close_notify */
+        tcpsrv__engine *engine = engine_new(client, 1, "localhost");
+        tcpsrv__engine_took(engine, next_flight(engine));
+        record[6] = (unsigned char)number;
+        CHECK_INT(tcpsrv__engine_feed(engine, record, sizeof record), sizeof record);
+        CHECK_INT(engine->error, TCPSRV_ETLS - 256 - number);
+        snprintf(expected, sizeof expected, "peer sent alert %d (", number);
+        if (strcmp(tcpsrv_strerror(engine->error), "peer sent a TLS alert") != 0) {
+            CHECK(strncmp(tcpsrv_strerror(engine->error), expected, strlen(expected)) == 0);
+            named++;
+        }
+        tcpsrv__engine_free(engine);
+    }
+    CHECK_INT(named, 22);
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 256 - 42), "peer sent alert 42 (bad certificate)");
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 256 - 116),
+              "peer sent alert 116 (certificate required)");
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(client);
 }
 
 static void a_host_that_is_an_address_must_be_in_the_certificate(void) {
@@ -2735,6 +2797,9 @@ int main(int argc, char **argv) {
         TEST(a_required_certificate_that_is_missing_is_named),
         TEST(a_resumed_session_keeps_the_clients_identity),
         TEST(a_client_verifies_chain_host_time_and_usage),
+        TEST(only_an_authority_vouches_for_others),
+        TEST(a_server_hears_in_an_alert_why_it_is_refused),
+        TEST(every_alert_of_a_peer_has_a_text),
         TEST(a_host_that_is_an_address_must_be_in_the_certificate),
         TEST(no_verify_takes_any_certificate_and_says_so),
         TEST(the_systems_bundle_is_what_a_client_trusts_by_default),

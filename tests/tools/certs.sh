@@ -57,6 +57,15 @@ openssl req -x509 -new -key stray.key -sha256 -days 7200 -subj /CN=stray -out st
 ec_key foreign prime256v1
 issue foreign foreign other-ca "${client}DNS:foreign.test"
 
+# For every purpose.
+ec_key any.test prime256v1
+issue any.test any.test ca 'extendedKeyUsage=anyExtendedKeyUsage\nsubjectAltName=DNS:any.test'
+
+# Issued by one that is no authority.
+ec_key minor prime256v1
+issue minor minor.test ec "${server}DNS:minor.test"
+cat minor.pem ec.pem >minor-chain.pem
+
 # An authority between, and its leaf; the chain in order, out of order, and without it.
 ec_key middle prime256v1
 issue middle "Middle authority" ca 'basicConstraints=critical,CA:TRUE\nkeyUsage=keyCertSign'
