@@ -746,6 +746,31 @@ static void a_client_gets_the_certificate_it_can_read(void) {
     tcpsrv_tls_free(server);
 }
 
+static void a_client_with_weak_suites_alone_is_refused(void) {
+    static const uint16_t weak[] = { BR_TLS_RSA_WITH_AES_128_GCM_SHA256,
+                                     BR_TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA256,
+                                     BR_TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA,
+                                     BR_TLS_RSA_WITH_3DES_EDE_CBC_SHA,
+                                     BR_TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8 };
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    duplex pair;
+    config made;
+    config_init(&made, "ec", "");
+    config_add(&made, "rsa");
+    server = config_make(&made);
+    duplex_open(&pair, client, "localhost", server);
+    br_ssl_engine_set_suites(pair.client->core, weak, sizeof weak / sizeof weak[0]);
+    CHECK(br_ssl_client_reset(&pair.client->context.client, "localhost", 0));
+    exchange(&pair);
+    CHECK_INT(pair.server->error, TCPSRV_ETLS - 512 - 40);
+    CHECK_INT(pair.client->error, TCPSRV_ETLS - 256 - 40);
+    CHECK_STR(tcpsrv_strerror(pair.server->error),
+              "nothing in common with the peer (alert 40 sent)");
+    duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
 /* The index of the certificate for a client that asks for that name and reads signatures by RSA
    alone, or with that hash alone; -1: none. With which hash the server signs: *hash. */
 static int pair_signing(tcpsrv_tls *server, const char *name, int rsa_alone, int only, int *hash) {
@@ -781,7 +806,7 @@ static void a_client_gets_the_certificate_whose_signatures_it_can_read(void) {
     CHECK_INT(pair_signing(server, "b.test", 0, 0, &hash), 1);
     CHECK_INT(hash, br_sha256_ID);
     CHECK_INT(pair_signing(server, "b.test", 1, 0, &hash), 2); /* of the same name */
-    CHECK_INT(pair_signing(server, "localhost", 1, 0, &hash), 2); /* rather another name than none */
+    CHECK_INT(pair_signing(server, "localhost", 1, 0, &hash), 2); /* of another name */
     CHECK_INT(hash, br_sha256_ID);
     CHECK_INT(pair_signing(server, "localhost", 0, br_sha384_ID, &hash), 0);
     CHECK_INT(hash, br_sha384_ID);
@@ -848,6 +873,11 @@ static void on_sni_decides_and_refuses_with_alert_112(void) {
     server = config_make(&made);
     CHECK_INT(pair_for(server, "localhost"), 1);
     CHECK_INT(asked_times, 1);
+    answer = 2; /* there is no such certificate */
+    duplex_open(&pair, client, "localhost", server);
+    exchange(&pair);
+    CHECK_INT(pair.server->error, TCPSRV_ETLS_NAME);
+    duplex_close(&pair);
     duplex_open(&pair, client, "b.test", server);
     exchange(&pair);
     CHECK_INT(pair.server->error, TCPSRV_ETLS_NAME);
@@ -988,17 +1018,9 @@ static void old_and_new_versions_get_a_well_formed_alert_70(void) {
     tcpsrv_tls_free(server);
 }
 
-static void a_hello_in_many_records_still_asks_for_its_name(void) {
-    tcpsrv_tls *server, *client = client_tls(NULL);
-    unsigned char hello[2048], split[4096];
-    size_t size = hello_of(client, "b.test", hello), at, n = 0, reply_size;
-    char reply[16];
-    config made;
-    int answer = 0;
-    config_init(&made, "ec", "");
-    made.options.on_sni = answer_name;
-    made.options.user = &answer;
-    server = config_make(&made);
+/* The same handshake message in records of 40 bytes: how many bytes they are. */
+static size_t split_hello(const unsigned char *hello, size_t size, unsigned char *split) {
+    size_t at, n = 0;
     for (at = 5; at < size; at += 40) {
         size_t part = size - at < 40 ? size - at : 40;
         memcpy(split + n, "\x16\x03\x01\0", 4);
@@ -1006,6 +1028,37 @@ static void a_hello_in_many_records_still_asks_for_its_name(void) {
         memcpy(split + n + 5, hello + at, part);
         n += 5 + part;
     }
+    return n;
+}
+
+/* Such a hello is the engine's to refuse, whose alert has no version. */
+static void an_old_version_in_many_records_gets_a_well_formed_alert_too(void) {
+    tcpsrv_tls *server = server_tls("ec"), *client = client_tls(NULL);
+    unsigned char hello[2048], split[4096];
+    size_t size = hello_of(client, "localhost", hello), reply_size;
+    char reply[16];
+    hello[10] = 2;
+    size = split_hello(hello, size, split);
+    CHECK_INT(answer_to(server, split, size, reply, &reply_size), TCPSRV_ETLS - 512 - 70);
+    CHECK(reply_size == 7 && memcmp(reply, "\x15\x03\x01\x00\x02\x02\x46", 7) == 0);
+    CHECK_STR(tcpsrv_strerror(TCPSRV_ETLS - 512 - 70),
+              "peer does not know TLS 1.2 (alert 70 sent)");
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+static void a_hello_in_many_records_still_asks_for_its_name(void) {
+    tcpsrv_tls *server, *client = client_tls(NULL);
+    unsigned char hello[2048], split[4096];
+    size_t size = hello_of(client, "b.test", hello), n, reply_size;
+    char reply[16];
+    config made;
+    int answer = 0;
+    config_init(&made, "ec", "");
+    made.options.on_sni = answer_name;
+    made.options.user = &answer;
+    server = config_make(&made);
+    n = split_hello(hello, size, split);
     asked_times = 0;
     CHECK(answer_to(server, split, n, reply, &reply_size) != 0);
     CHECK_INT(asked_times, 1);
@@ -1125,6 +1178,7 @@ static int resumes(tcpsrv_tls *client, const char *host, tcpsrv_tls *server,
     int resumed;
     duplex_open(&pair, client, host, server);
     session_offer(&pair, host, session);
+    pair.chunk = 50; /* the hello comes in pieces */
     exchange(&pair);
     both_are_done(&pair);
     say(&pair, pair.client, pair.server, "question");
@@ -1291,6 +1345,7 @@ static void optional_client_certificates_are_verified_all_the_same(void) {
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "stray", &client), TCPSRV_ETLS - 62);
     CHECK_INT(client, TCPSRV_ETLS - 256 - 48);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "foreign", &client), TCPSRV_ETLS - 62);
+    CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "deep", &client), TCPSRV_ETLS - 62);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "expired", &client), TCPSRV_ETLS - 54);
     CHECK_INT(client, TCPSRV_ETLS - 256 - 45);
     CHECK_INT(showing(TCPSRV_TLS_OPTIONAL, "rsa", &client), TCPSRV_ETLS_USAGE);
@@ -1312,6 +1367,75 @@ static void required_client_certificates_are_required_and_verified(void) {
 static void a_required_certificate_that_is_missing_is_named(void) {
     int client, error = showing(TCPSRV_TLS_REQUIRED, "", &client);
     CHECK_STR(tcpsrv_strerror(error), "client sent no certificate");
+}
+
+static void swap_keys(tcpsrv_tls *one, tcpsrv_tls *other) {
+    br_skey_decoder_context *key = one->pairs[0].key;
+    one->pairs[0].key = other->pairs[0].key;
+    other->pairs[0].key = key;
+}
+
+/* Certificates are public: who shows one must have its key as well. */
+static void a_certificate_without_its_key_proves_nothing(void) {
+    tcpsrv_tls *server, *client, *thief = server_tls("ec");
+    duplex pair;
+    config made;
+    int wanted;
+    for (wanted = TCPSRV_TLS_OPTIONAL; wanted <= TCPSRV_TLS_REQUIRED; wanted++) {
+        config_init(&made, "ec", "ca.pem");
+        made.options.client_certificates = wanted;
+        server = config_make(&made);
+        config_init(&made, "alice", "ca.pem");
+        client = config_make(&made);
+        swap_keys(client, thief);
+        duplex_open(&pair, client, "localhost", server);
+        exchange(&pair);
+        CHECK_INT(pair.server->error, TCPSRV_ETLS - BR_ERR_BAD_SIGNATURE);
+        CHECK(!(state(pair.server) & TCPSRV__ENGINE_DONE));
+        duplex_close(&pair);
+        swap_keys(client, thief);
+        swap_keys(server, client);
+        duplex_open(&pair, client, "localhost", server);
+        exchange(&pair);
+        CHECK_INT(pair.client->error, TCPSRV_ETLS - BR_ERR_BAD_SIGNATURE);
+        CHECK(!(state(pair.client) & TCPSRV__ENGINE_DONE));
+        duplex_close(&pair);
+        tcpsrv_tls_free(server);
+        tcpsrv_tls_free(client);
+    }
+    tcpsrv_tls_free(thief);
+}
+
+/* Whether what a server answers a hello, all in clear, has this text in it. */
+static int answer_holds(tcpsrv_tls *server, const char *text) {
+    tcpsrv_tls *client = client_tls(NULL);
+    unsigned char hello[2048];
+    size_t size = hello_of(client, "localhost", hello), n;
+    tcpsrv__engine *engine = engine_new(server, 0, NULL);
+    const unsigned char *out;
+    int holds;
+    CHECK_INT(tcpsrv__engine_feed(engine, hello, size), size);
+    out = tcpsrv__engine_peek(engine, &n);
+    CHECK(out);
+    holds = tcpsrv__find_long((const char *)out, n, text, strlen(text)) != NULL;
+    tcpsrv__engine_free(engine);
+    tcpsrv__records_free(&pool);
+    tcpsrv_tls_free(client);
+    return holds;
+}
+
+static void clients_are_told_whose_certificates_will_do(void) {
+    tcpsrv_tls *server;
+    config made;
+    int wanted;
+    for (wanted = TCPSRV_TLS_NONE; wanted <= TCPSRV_TLS_REQUIRED; wanted++) {
+        config_init(&made, "ec", "other-ca.pem");
+        made.options.client_certificates = wanted;
+        server = config_make(&made);
+        CHECK_INT(answer_holds(server, "Test authority"), 1); /* whose the server's own is */
+        CHECK_INT(answer_holds(server, "Another authority"), wanted != TCPSRV_TLS_NONE);
+        tcpsrv_tls_free(server);
+    }
 }
 
 static void a_resumed_session_keeps_the_clients_identity(void) {
@@ -1490,6 +1614,29 @@ static void close_notify_ends_both_sides_also_with_unread_plaintext(void) {
     CHECK(state(pair.client) & TCPSRV__ENGINE_ENDED);
     CHECK(state(pair.server) & TCPSRV__ENGINE_ENDED);
     duplex_close(&pair);
+    tcpsrv_tls_free(client);
+    tcpsrv_tls_free(server);
+}
+
+/* Which would end in more computing, and has ended in injected plaintext (CVE-2009-3555). */
+static void a_renegotiation_is_refused_on_both_sides(void) {
+    tcpsrv_tls *client = client_tls("ca.pem"), *server = server_tls("ec");
+    duplex pair;
+    int by_client;
+    for (by_client = 0; by_client < 2; by_client++) {
+        tcpsrv__engine *asks, *refuses;
+        duplex_open(&pair, client, "localhost", server);
+        asks = by_client ? pair.client : pair.server;
+        refuses = by_client ? pair.server : pair.client;
+        exchange(&pair);
+        both_are_done(&pair);
+        br_ssl_engine_remove_flags(asks->core, BR_OPT_NO_RENEGOTIATION);
+        CHECK(br_ssl_engine_renegotiate(asks->core));
+        exchange(&pair);
+        CHECK_INT(asks->error, TCPSRV_ETLS - 256 - 100); /* no_renegotiation */
+        CHECK_INT(refuses->error, 0);
+        duplex_close(&pair);
+    }
     tcpsrv_tls_free(client);
     tcpsrv_tls_free(server);
 }
@@ -1824,6 +1971,62 @@ static void data_right_behind_a_clients_finished_is_answered(void) {
     service_close(&here);
 }
 
+static int closes;
+static int close_result;
+static size_t close_unsent;
+
+static void on_closed(tcpsrv_stream *stream, int result, size_t unsent, void *arg) {
+    (void)stream, (void)arg;
+    closes++;
+    close_result = result;
+    close_unsent = unsent;
+}
+
+static int has_closed(void) {
+    return closes > 0;
+}
+
+static int say_goodbye(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
+    (void)peer, (void)user;
+    CHECK_INT(tcpsrv_on_close(stream, on_closed, NULL), 0);
+    return ended(tcpsrv_write(stream, "goodbye", 7));
+}
+
+/* A peer that neither answers close_notify nor closes: it is not waited for, but for the moment
+   that its last bytes may take. */
+static void a_close_that_is_not_answered_ends(void) {
+    unsigned char data[2048];
+    const unsigned char *out;
+    char got[16];
+    tcpsrv__engine *engine;
+    size_t size, at;
+    ssize_t n;
+    service here;
+    service_open(&here, say_goodbye, NULL);
+    hand_fd = dial_plain(&here);
+    engine = engine_new(here.client_tls, 1, "localhost");
+    while (!tcpsrv__engine_has_all(engine)) {
+        while ((out = tcpsrv__engine_peek(engine, &size)) != NULL) {
+            CHECK_INT(send(hand_fd, out, size, 0), size);
+            tcpsrv__engine_took(engine, size);
+        }
+        turns_until(has_hand_input);
+        n = recv(hand_fd, data, sizeof data, 0);
+        CHECK(n > 0);
+        for (at = 0; at < (size_t)n; at += size) {
+            size = tcpsrv__engine_feed(engine, data + at, (size_t)n - at);
+            if (!size) CHECK_INT(tcpsrv__engine_read(engine, got, sizeof got), 7);
+        }
+    }
+    turns_until(has_closed); /* within 20 s */
+    CHECK_INT(close_result, 0);
+    CHECK_MEM(got, 7, "goodbye");
+    tcpsrv__engine_free(engine);
+    tcpsrv__records_free(&pool);
+    close(hand_fd);
+    service_close(&here);
+}
+
 static int64_t find_five(const char *data, size_t size, void *arg) {
     (void)arg;
     return size && data[0] == 'f' ? 5 : size ? -1 : 0;
@@ -1973,6 +2176,18 @@ static int look_around(tcpsrv_stream *stream, const tcpsrv_address *peer, void *
     return ended(tcpsrv_write(stream, "and ready", 9));
 }
 
+static void check_digest(const unsigned char *digest, const char *name) {
+    unsigned char whole[8192], own[32];
+    FILE *from = fopen(file(name), "rb");
+    br_sha256_context sha;
+    CHECK(from);
+    br_sha256_init(&sha);
+    br_sha256_update(&sha, whole, fread(whole, 1, sizeof whole, from));
+    br_sha256_out(&sha, own);
+    fclose(from);
+    CHECK(memcmp(digest, own, sizeof own) == 0);
+}
+
 static void a_handler_begins_before_the_handshake_and_learns_who_is_there(void) {
     static const char *const protocols[] = { "h2", NULL };
     service here;
@@ -2002,6 +2217,7 @@ static void a_handler_begins_before_the_handshake_and_learns_who_is_there(void) 
     CHECK_INT(tcpsrv_wait_handshake(stream), 0);
     CHECK_INT(tcpsrv_get_tls_info(stream, &info), 0);
     CHECK_STR(info.peer_name, "localhost");
+    check_digest(info.peer_sha256, "ec.der");
     CHECK_STR(info.suite, strstr(info.suite, "AES") ? "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"
                                       : "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256");
     CHECK_INT(info.verified, 1);
@@ -2270,21 +2486,6 @@ static void an_end_without_close_notify_is_told_from_a_whole_one(void) {
     service_close(&here);
 }
 
-static int closes;
-static int close_result;
-static size_t close_unsent;
-
-static void on_closed(tcpsrv_stream *stream, int result, size_t unsent, void *arg) {
-    (void)stream, (void)arg;
-    closes++;
-    close_result = result;
-    close_unsent = unsent;
-}
-
-static int has_closed(void) {
-    return closes > 0;
-}
-
 static int answer_without_reading(tcpsrv_stream *stream, const tcpsrv_address *peer, void *user) {
     tcpsrv_bytes got;
     int err = tcpsrv_read_bytes(stream, 3, &got);
@@ -2339,6 +2540,27 @@ static tcpsrv_stream *open_and_fill(service *here) {
     CHECK_INT(tcpsrv__engine_wake(tcpsrv__link_of(stream)->engine), 0);
     CHECK_INT(tcpsrv__engine_wake(tcpsrv__link_of(filled)->engine), 0);
     return stream;
+}
+
+/* Whoever does not read holds up the sender, and hears all when he begins. */
+static void a_late_reader_holds_up_the_sender_and_gets_all(void) {
+    service here;
+    tcpsrv_stream *stream;
+    tcpsrv_bytes got;
+    size_t n = 0, i;
+    for (i = 0; i < BULK; i++) bulk[i] = (char)(i % 241 + i / 65521);
+    stream = open_and_fill(&here);
+    for (i = 0; i < 20; i++) CHECK_INT(tcpsrv_loop_poll(tcpsrv_loop_default(), 1), 0);
+    CHECK(filled->blocked && filled->out.size > BULK / 4);
+    while (n < BULK) {
+        CHECK_INT(tcpsrv_read_some(stream, 0, &got), 0);
+        CHECK(got.size <= BULK - n && memcmp(got.data, bulk + n, got.size) == 0);
+        n += got.size;
+    }
+    tcpsrv_close(stream);
+    turns_until(has_closed);
+    CHECK_INT(close_result, 0);
+    service_close(&here);
 }
 
 /* While the stream waits to be told that it may send, an answer of the engine does not push out
@@ -2520,6 +2742,33 @@ static void start_tls_wants_a_host_name_to_verify(void) {
     CHECK_STR(tcpsrv_last_error(), "a host name is needed to verify the server (or no_verify)");
     talk_lines(stream);
     tcpsrv_abort(stream);
+    service_close(&here);
+}
+
+static void never_read(tcpsrv_stream *stream, int err, tcpsrv_bytes got, void *arg) {
+    (void)stream, (void)got, (void)arg;
+    CHECK_INT(err, TCPSRV_ECANCELED);
+}
+
+static void start_tls_wants_a_socket_on_which_nobody_reads(void) {
+    service here;
+    tcpsrv_stream *stream, *pipes;
+    int fds[2];
+    service_init(&here, echo_lines, NULL);
+    here.options.tls = NULL;
+    service_start(&here);
+    stream = dial(&here, NULL);
+    talk_lines(stream);
+    CHECK_INT(tcpsrv_read(stream, tcpsrv_until("\n", 0), never_read, NULL), 0);
+    CHECK_INT(tcpsrv_start_tls(stream, here.client_tls, "localhost"), TCPSRV_EBUSY);
+    CHECK_INT(tcpsrv_wait_handshake(stream), TCPSRV_EBUSY);
+    tcpsrv_close(stream);
+    CHECK_INT(pipe(fds), 0);
+    pipes = tcpsrv_stream_from_fd(tcpsrv_loop_default(), fds[0]);
+    CHECK(pipes);
+    CHECK_INT(tcpsrv_start_tls(pipes, here.client_tls, "localhost"), -ENOTSOCK);
+    tcpsrv_abort(pipes);
+    close(fds[1]);
     service_close(&here);
 }
 
@@ -2778,12 +3027,14 @@ int main(int argc, char **argv) {
         TEST(bulk_data_keeps_its_bytes_and_order),
         TEST(server_name_chooses_the_certificate),
         TEST(a_client_gets_the_certificate_it_can_read),
+        TEST(a_client_with_weak_suites_alone_is_refused),
         TEST(a_client_gets_the_certificate_whose_signatures_it_can_read),
         TEST(the_suite_that_the_servers_processor_does_fast_comes_first),
         TEST(on_sni_decides_and_refuses_with_alert_112),
         TEST(plain_text_on_a_tls_port_is_named_as_such),
         TEST(a_plain_server_is_named_by_the_client),
         TEST(old_and_new_versions_get_a_well_formed_alert_70),
+        TEST(an_old_version_in_many_records_gets_a_well_formed_alert_too),
         TEST(a_hello_in_many_records_still_asks_for_its_name),
         TEST(each_kind_of_key_signs_with_a_hash_of_its_own),
         TEST(without_randomness_no_handshake_begins),
@@ -2795,6 +3046,8 @@ int main(int argc, char **argv) {
         TEST(optional_client_certificates_are_verified_all_the_same),
         TEST(required_client_certificates_are_required_and_verified),
         TEST(a_required_certificate_that_is_missing_is_named),
+        TEST(a_certificate_without_its_key_proves_nothing),
+        TEST(clients_are_told_whose_certificates_will_do),
         TEST(a_resumed_session_keeps_the_clients_identity),
         TEST(a_client_verifies_chain_host_time_and_usage),
         TEST(only_an_authority_vouches_for_others),
@@ -2804,6 +3057,7 @@ int main(int argc, char **argv) {
         TEST(no_verify_takes_any_certificate_and_says_so),
         TEST(the_systems_bundle_is_what_a_client_trusts_by_default),
         TEST(close_notify_ends_both_sides_also_with_unread_plaintext),
+        TEST(a_renegotiation_is_refused_on_both_sides),
         TEST(a_tampered_record_is_refused),
         TEST(what_is_left_of_a_record_goes_out_as_it_is),
         TEST(mutated_hellos_crash_nothing),
@@ -2811,6 +3065,7 @@ int main(int argc, char **argv) {
         TEST(a_handler_echoes_over_tls),
         TEST(callbacks_echo_over_tls),
         TEST(data_right_behind_a_clients_finished_is_answered),
+        TEST(a_close_that_is_not_answered_ends),
         TEST(every_read_value_works_over_tls),
         TEST(a_large_write_arrives_whole_and_its_last_byte_too),
         TEST(a_large_upload_arrives_whole),
@@ -2828,6 +3083,7 @@ int main(int argc, char **argv) {
         TEST(newcomers_starve_no_handshake),
         TEST(an_end_without_close_notify_is_told_from_a_whole_one),
         TEST(a_close_with_unread_plaintext_ends_and_its_answer_arrives),
+        TEST(a_late_reader_holds_up_the_sender_and_gets_all),
         TEST(what_was_sealed_goes_out_where_it_is_counted),
         TEST(a_failure_with_a_record_half_out_tells_of_all_that_is_lost),
         TEST(an_end_with_a_record_half_out_tells_of_no_more_than_is_lost),
@@ -2836,6 +3092,7 @@ int main(int argc, char **argv) {
         TEST(both_sides_go_on_in_tls),
         TEST(start_tls_refuses_plain_data_that_came_before_it),
         TEST(start_tls_wants_a_host_name_to_verify),
+        TEST(start_tls_wants_a_socket_on_which_nobody_reads),
         TEST(start_tls_wants_a_peer_that_still_speaks),
         TEST(a_failed_start_tls_leaves_the_stream_as_it_was),
         TEST(a_stream_that_will_be_tls_is_not_half_closed),
