@@ -1,5 +1,6 @@
 /* Coroutines: spawn, join, yield, sleep, park and wake, and how they end with their loop. */
 #include "test.h"
+#include <sys/time.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
@@ -1226,6 +1227,32 @@ static void spawn_without_address_space_is_refused(void) {
     end();
 }
 
+/* Long enough for a timer that counts the process's own time; nothing of the C library is called,
+   where a sanitizer might look for what has come. */
+static int spin(void *arg) {
+    struct itimerval soon = { { 0, 0 }, { 0, 2000 } };
+    volatile int i;
+    (void)arg;
+    setitimer(ITIMER_VIRTUAL, &soon, NULL);
+    for (i = 0; i < 50000000; i++) continue;
+    return 0;
+}
+
+static void note_signal(int signo, void *times) {
+    CHECK_INT(signo, SIGVTALRM);
+    ++*(int *)times;
+}
+
+static void a_signal_that_comes_while_a_coroutine_runs_is_told_to_the_loop(void) {
+    int told = 0, turns;
+    begin();
+    CHECK(tcpsrv_on_signal(loop, SIGVTALRM, note_signal, &told) > 0);
+    spawn(spin, NULL);
+    for (turns = 0; turns < 100 && !told; turns++) CHECK_INT(tcpsrv_loop_poll(loop, 10), 0);
+    CHECK_INT(told, 1);
+    end();
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(a_coroutine_runs_from_the_next_turn_on_in_the_order_of_the_calls),
@@ -1286,6 +1313,7 @@ int main(int argc, char **argv) {
         TEST(spawn_without_memory_is_refused_and_leaks_nothing),
         TEST(waiting_without_memory_is_a_code),
         TEST(spawn_without_address_space_is_refused),
+        TEST(a_signal_that_comes_while_a_coroutine_runs_is_told_to_the_loop),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
