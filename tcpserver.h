@@ -3860,7 +3860,6 @@ struct tcpsrv__co {
     int (*fn)(void *arg);
     void *arg;
     void (*on_end)(tcpsrv__co *co); /* instead of keeping the result for a join */
-    tcpsrv__waiter *waiter;     /* what it waits for */
     struct tcpsrv__join_wait *joiner;
     tcpsrv__slab *slab;
     char *stack;
@@ -3868,7 +3867,8 @@ struct tcpsrv__co {
     int result, refs;
     unsigned short ending_calls;
     unsigned char ended, parked, token;
-    tcpsrv__context context;
+    tcpsrv__waiter *waiter;     /* what it waits for; in one cache line with what follows, */
+    tcpsrv__context context;    /* and with the beginning of a stream beside it */
 };
 
 /* ---- stacks ---------------------------------------------------------------------------------- */
@@ -4159,18 +4159,16 @@ static size_t tcpsrv__stack_round(size_t size) {
 static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_size, size_t beside,
                                   void **memory) {
     size_t size = stack_size < SIZE_MAX / 8 ? tcpsrv__stack_round(stack_size) : 0;
-    size_t room = (beside + 63) / 64 * 64;
+    size_t room = (sizeof(tcpsrv__co) + beside + 63) / 64 * 64;
     tcpsrv__slab *slab;
     tcpsrv__co *co;
-    char *stack, *top;
+    char *stack;
     if (!size || tcpsrv__stack_pool_make(loop) != 0) return NULL;
     stack = tcpsrv__stack_take(loop->stacks, size, &slab);
     if (!stack) return NULL;
     TCPSRV__STACK_FRESH(stack, size);
-    top = stack + size - room;
-    if (memory) *memory = top;
-    top -= (sizeof *co + 63) / 64 * 64;
-    co = (tcpsrv__co *)(void *)top;
+    co = (tcpsrv__co *)(void *)(stack + size - room);
+    if (memory) *memory = co + 1;
     memset(co, 0, sizeof *co);
     co->slab = slab;
     co->stack = stack;
@@ -4180,7 +4178,7 @@ static TCPSRV__COLD tcpsrv__co *tcpsrv__co_new(tcpsrv_loop *loop, size_t stack_s
     }
     co->refs = memory ? 2 : 1;
     co->fiber = TCPSRV__TSAN_NEW();
-    tcpsrv__context_make(&co->context, top, tcpsrv__co_main);
+    tcpsrv__context_make(&co->context, (char *)co, tcpsrv__co_main);
     return co;
 }
 
@@ -4959,6 +4957,7 @@ enum { /* of one receive, and with the head of its block */
 typedef struct tcpsrv__hosted {     /* at the top of a coroutine's stack, in its one page */
     tcpsrv__stream6 base;
     tcpsrv__read_wait own_wait;     /* of the stream's own coroutine, for lines */
+    char spare[16];                 /* where the bytes begin with a cache line */
     tcpsrv__block home;             /* for small messages, its bytes behind it */
     char home_bytes[TCPSRV__HOME_TOTAL - sizeof(tcpsrv__block)];
 } tcpsrv__hosted;
