@@ -1644,7 +1644,7 @@ static int tcpsrv__signal_take(int signo) {
 
 static int tcpsrv__sys_catch_signal(int signo, int write_fd) {
     struct sigaction action;
-#if TCPSRV__TSAN /* loses one that comes during a thread's first call that may sleep: be it now */
+#if TCPSRV__TSAN /* loses one that comes in a thread's first call that may sleep: make it now */
     static const struct timespec none = { 0, 0 };
     nanosleep(&none, NULL);
 #endif
@@ -4957,7 +4957,7 @@ enum { /* of one receive, and with the head of its block */
 typedef struct tcpsrv__hosted {     /* at the top of a coroutine's stack, in its one page */
     tcpsrv__stream6 base;
     tcpsrv__read_wait own_wait;     /* of the stream's own coroutine, for lines */
-    char spare[16];                 /* where the bytes begin with a cache line */
+    char spare[16];                 /* so that the bytes begin with a cache line on x86-64 */
     tcpsrv__block home;             /* for small messages, its bytes behind it */
     char home_bytes[TCPSRV__HOME_TOTAL - sizeof(tcpsrv__block)];
 } tcpsrv__hosted;

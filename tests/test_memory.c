@@ -570,6 +570,15 @@ static void a_server_at_its_limit_may_end_in_any_way(void) {
     }
 }
 
+/* What each request of a coroutine touches, without a line that it only shares. */
+static void a_coroutines_stream_and_its_bytes_begin_where_cache_lines_do(void) {
+#if defined(TCPSRV__CORO_X86_64) && TCPSRV__INLINE_SWITCH && defined(__LP64__)
+    size_t bytes = sizeof(tcpsrv__co) + offsetof(tcpsrv__hosted, home_bytes);
+    CHECK_INT(bytes % 64, 0);
+    CHECK_INT(offsetof(tcpsrv__co, waiter) / 64, (sizeof(tcpsrv__co) - 1) / 64);
+#endif
+}
+
 int main(int argc, char **argv) {
     static const test_case tests[] = {
         TEST(half_sent_messages_cannot_wedge_the_server),
@@ -590,6 +599,7 @@ int main(int argc, char **argv) {
         TEST(nothing_is_counted_while_a_stream_waits_for_its_next_message),
         TEST(without_the_limit_memory_is_counted_all_the_same),
         TEST(a_server_at_its_limit_may_end_in_any_way),
+        TEST(a_coroutines_stream_and_its_bytes_begin_where_cache_lines_do),
     };
     return test_main(argc, argv, tests, TEST_COUNT(tests));
 }
